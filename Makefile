@@ -1,0 +1,75 @@
+# Set up, check and run lighthouse-fx. `make help` lists the targets.
+#
+# PYTHON  the interpreter that the environment is made from
+# VENV    the environment. `make VENV= TARGET` uses PYTHON as it is, which is for a machine that already has a (CUDA)
+#         torch and no network: the package alone is installed, without dependencies and without downloads.
+# ARGS    arguments of `make pretrain`, for example ARGS="--steps 50"
+# TESTS   what pytest is given, for example TESTS="tests/test_ops.py -k causal"
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+TESTS ?=
+XDIST ?= -n 2 --dist loadgroup
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+STAMP := build/.system-setup
+else
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+endif
+
+# Two workers on two cores: one thread each, and Inductor compiles in the worker itself. No test reaches a model hub.
+TEST_ENV := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 HF_HUB_OFFLINE=1
+# mypy cannot map passes/ and kernels/ into the package by itself, so it is shown this tree of links.
+STAGE := .mypy/stage
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup test quick pytest pretrain lint format typecheck check clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## make the environment (again only when pyproject.toml or constraints.txt change)
+
+ifneq ($(strip $(VENV)),)
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+else
+$(STAMP): pyproject.toml
+	@$(PY) -c 'import torch, networkx, rich' || { \
+	  echo 'VENV= needs torch, networkx and rich in $(PYTHON): install them there, or leave VENV set' >&2; exit 1; }
+	PIP_BREAK_SYSTEM_PACKAGES=1 $(PY) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	@mkdir -p $(@D) && touch $@
+endif
+
+check: lint typecheck ## ruff and mypy
+
+lint: $(STAMP) ## ruff
+	$(PY) -m ruff check .
+
+format: $(STAMP) ## ruff's automatic repairs
+	$(PY) -m ruff check --fix .
+
+typecheck: $(STAMP) ## mypy --strict over the package as it is installed
+	@rm -rf $(STAGE) && mkdir -p $(STAGE)/lighthouse_fx
+	@ln -s $(CURDIR)/lighthouse_fx/*.py $(CURDIR)/lighthouse_fx/py.typed $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
+	MYPYPATH=$(STAGE) $(PY) -m mypy --config-file pyproject.toml --cache-dir .mypy/cache -p lighthouse_fx
+
+test: check pytest ## everything that has to pass: ruff, mypy and the tests
+
+pytest: $(STAMP) ## the tests alone (on a machine without pytest-xdist: XDIST=)
+	@$(TEST_ENV) $(PY) -m pytest $(XDIST) $(TESTS)
+
+quick: $(STAMP) ## the tests that are not slow
+	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m 'not slow' $(TESTS)
+
+pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and beside it densely
+	$(PY) examples/pretrain.py $(ARGS)
+
+clean: ## remove what was built, but keep the environment
+	rm -rf build dist *.egg-info .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find lighthouse_fx passes kernels tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +

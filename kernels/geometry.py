@@ -1,0 +1,98 @@
+"""The pyramid's arithmetic: how many windows, tiles and entries there are, and where each window is numbered.
+
+Nothing here looks at data: every figure follows from the length and the configuration, so the gathered length `S` is a
+static shape. Where the length is a `torch.SymInt` (dynamic shapes) the figures are symbolic expressions of it.
+
+Windows are numbered level by level, finest first: window `i` of level `l` is number `offset(l) + i`.
+Source: SPEC.md, "The four stages" and "What we decide"; paper arXiv 2605.06554.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+_USUAL_QUOTA = 128
+
+
+def default_quota(topk: int) -> int:
+    """Windows expanded per tile and level: the divisor of `topk` nearest 128 on a log scale, ties to the smaller."""
+    divisors = {d for i in range(1, math.isqrt(topk) + 1) if topk % i == 0 for d in (i, topk // i)}
+    return min(sorted(divisors), key=lambda d: max(d / _USUAL_QUOTA, _USUAL_QUOTA / d))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """The shape of one pyramid over `length` tokens.
+
+    Args:
+        length: tokens in the sequence, `N`; an `int` or a `torch.SymInt`.
+        levels: pyramid levels `L >= 1`; level 0 is the tokens.
+        pooling: pooling factor `p >= 2` between levels.
+        topk: windows expanded per level over the whole sequence, `k >= 1`.
+        quota: windows expanded per tile and level, `m`; a divisor of `topk`, or None for `default_quota(topk)`.
+        keep_first: expand window 0 at every level, so that no token is left without a contribution.
+    """
+
+    length: int
+    levels: int = 3
+    pooling: int = 4
+    topk: int = 1536
+    quota: int | None = None
+    keep_first: bool = True
+
+    @property
+    def widest(self) -> int:
+        """Tokens in one coarsest window, `p^(L-1)`."""
+        return int(self.pooling ** (self.levels - 1))
+
+    @property
+    def coarse(self) -> int:
+        """Coarsest windows, `M`."""
+        return self.length // self.widest
+
+    @property
+    def covered(self) -> int:
+        """Tokens under the coarsest windows; the rest, the tail, is always kept at level 0."""
+        return self.coarse * self.widest
+
+    @property
+    def quota_(self) -> int:
+        """Windows expanded per tile and level, `m`."""
+        return default_quota(self.topk) if self.quota is None else self.quota
+
+    @property
+    def tiles(self) -> int:
+        """Tiles `T = k / m`; tile `t` owns the coarsest windows `[t*M//T, (t+1)*M//T)`."""
+        return self.topk // self.quota_
+
+    def windows(self, level: int) -> int:
+        """Windows of a level; at level 0 every token, the tail included."""
+        return self.length if level == 0 else self.coarse * self.pooling ** (self.levels - 1 - level)
+
+    def offset(self, level: int) -> int:
+        """The number of a level's first window."""
+        return sum(self.windows(finer) for finer in range(level))
+
+    @property
+    def size(self) -> int:
+        """Windows of all levels."""
+        return self.offset(self.levels)
+
+    @property
+    def gathered(self) -> int:
+        """Entries in the gathered sub-sequence, `S`, the same for every head."""
+        smaller, larger_tiles = self.coarse // self.tiles, self.coarse % self.tiles
+        tail = self.length - self.covered
+        in_tiles = (self.tiles - larger_tiles) * self._children(smaller) + larger_tiles * self._children(smaller + 1)
+        return self.coarse + tail + in_tiles
+
+    def _children(self, candidates: int) -> int:
+        """Entries below the coarsest level in a tile of so many coarsest windows."""
+        children = 0
+        for _ in range(self.levels - 1):
+            candidates = self.pooling * torch.sym_min(candidates, self.quota_)
+            children += candidates
+        return children

@@ -1,0 +1,220 @@
+"""The ops as PyTorch knows them: schema, fake and autograd. Torch only: kernels are imported when first called.
+
+`select` decides, without gradient, which windows are entries. `gather` pools tokens into entries and `scatter` adds
+entries back to tokens; both are linear, and their backwards are ops of their own, each the other's adjoint, so that any
+order of differentiation works. All are deterministic (a selective checkpointing policy may save or recompute them).
+
+`revision` takes part in no computation: see `revision.py`. Shapes as in SPEC.md: `B` batch, `H` query heads, `G` key/value
+heads, `N` tokens, `S` entries, `P` windows of all levels, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .geometry import Pyramid
+from .revision import REVISION
+
+
+def _pyramid(length: int, levels: int, pooling: int) -> Pyramid:
+    """Where only the numbering of windows matters, not how many are expanded."""
+    return Pyramid(length=length, levels=levels, pooling=pooling, topk=1)
+
+
+# --- select -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lighthouse_fx::select", mutates_args=())
+def select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    levels: int,
+    pooling: int,
+    topk: int,
+    quota: int,
+    keep_first: bool,
+    scorer: str,
+    dilation: int,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose the entries (SPEC.md, "Score and select"). No gradient flows through it.
+
+    Args:
+        q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; read only as far as the scorer needs them.
+        quota: windows per tile and level, 0 for the default.
+
+    Returns:
+        `entries` int32 `[B, G, S]`, the window in each slot, and `slots` int32 `[B, G, P]`, the slot of each window or -1.
+    """
+    pyramid = Pyramid(
+        length=q.shape[2], levels=levels, pooling=pooling, topk=topk, quota=quota or None, keep_first=keep_first
+    )
+    s_q, s_k = reference.token_scores(
+        q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale
+    )
+    return reference.select_windows(s_q, s_k, pyramid)
+
+
+@select.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, levels: int, pooling: int, topk: int, quota: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    pyramid = Pyramid(length=q.shape[2], levels=levels, pooling=pooling, topk=topk, quota=quota or None)
+    batch, groups = k.shape[0], k.shape[1]
+    entries = k.new_empty(batch, groups, pyramid.gathered, dtype=torch.int32)
+    return entries, k.new_empty(batch, groups, pyramid.size, dtype=torch.int32)
+
+
+def _no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+    return (None,) * 12
+
+
+select.register_autograd(_no_gradient)
+
+
+# --- gather -----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lighthouse_fx::gather", mutates_args=())
+def gather(x: Tensor, entries: Tensor, slots: Tensor, levels: int, pooling: int, revision: str) -> Tensor:
+    """The mean of each entry's window: x `[B, Hx, N, D]` -> `[B, Hx, S, D]`, `Hx` a multiple of `G`."""
+    return reference.gather(x, entries, _pyramid(x.shape[2], levels, pooling))
+
+
+@torch.library.custom_op("lighthouse_fx::gather_backward", mutates_args=())
+def gather_backward(
+    grad: Tensor, entries: Tensor, slots: Tensor, length: int, levels: int, pooling: int, revision: str
+) -> Tensor:
+    """The adjoint of `gather`: grad `[B, Hx, S, D]` -> `[B, Hx, N, D]`."""
+    return reference.gather_backward(grad, slots, _pyramid(length, levels, pooling))
+
+
+@gather.register_fake
+def _(x: Tensor, entries: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], entries.shape[2], x.shape[3])
+
+
+@gather_backward.register_fake
+def _(grad: Tensor, entries: Tensor, slots: Tensor, length: int, *_: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], grad.shape[1], length, grad.shape[3])
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, entries, slots, *ctx.rest = inputs
+    ctx.length = x.shape[2]
+    ctx.save_for_backward(entries, slots)
+
+
+def _differentiate_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entries, slots = ctx.saved_tensors
+    return gather_backward(grad, entries, slots, ctx.length, *ctx.rest), None, None, None, None, None
+
+
+def _save_gather_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, entries, slots, _, *ctx.rest = inputs
+    ctx.save_for_backward(entries, slots)
+
+
+def _differentiate_gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entries, slots = ctx.saved_tensors
+    return gather(grad, entries, slots, *ctx.rest), None, None, None, None, None, None
+
+
+gather.register_autograd(_differentiate_gather, setup_context=_save_gather)
+gather_backward.register_autograd(_differentiate_gather_backward, setup_context=_save_gather_backward)
+
+
+# --- scatter ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("lighthouse_fx::scatter", mutates_args=())
+def scatter(
+    out: Tensor, entries: Tensor, slots: Tensor, length: int, levels: int, pooling: int, is_causal: bool, revision: str
+) -> Tensor:
+    """Add each entry's output to the tokens that it concerns: out `[B, H, S, D]` -> `[B, H, N, D]` (SPEC.md, 4)."""
+    return reference.scatter(out, slots, _pyramid(length, levels, pooling), is_causal=is_causal)
+
+
+@torch.library.custom_op("lighthouse_fx::scatter_backward", mutates_args=())
+def scatter_backward(
+    grad: Tensor, entries: Tensor, slots: Tensor, levels: int, pooling: int, is_causal: bool, revision: str
+) -> Tensor:
+    """The adjoint of `scatter`: grad `[B, H, N, D]` -> `[B, H, S, D]`."""
+    return reference.scatter_backward(grad, entries, _pyramid(grad.shape[2], levels, pooling), is_causal=is_causal)
+
+
+@scatter.register_fake
+def _(out: Tensor, entries: Tensor, slots: Tensor, length: int, *_: Any) -> Tensor:
+    return out.new_empty(out.shape[0], out.shape[1], length, out.shape[3])
+
+
+@scatter_backward.register_fake
+def _(grad: Tensor, entries: Tensor, *_: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], grad.shape[1], entries.shape[2], grad.shape[3])
+
+
+def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, entries, slots, _, *ctx.rest = inputs
+    ctx.save_for_backward(entries, slots)
+
+
+def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entries, slots = ctx.saved_tensors
+    return scatter_backward(grad, entries, slots, *ctx.rest), None, None, None, None, None, None, None
+
+
+def _save_scatter_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, entries, slots, *ctx.rest = inputs
+    ctx.length = grad.shape[2]
+    ctx.save_for_backward(entries, slots)
+
+
+def _differentiate_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entries, slots = ctx.saved_tensors
+    return scatter(grad, entries, slots, ctx.length, *ctx.rest), None, None, None, None, None, None
+
+
+scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
+scatter_backward.register_autograd(_differentiate_scatter_backward, setup_context=_save_scatter_backward)
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pyramid: Pyramid,
+    *,
+    scorer: str = "norm",
+    dilation: int = 64,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The op sequence that the compiler pass writes into a graph, as a function: select, gather, attend, scatter.
+
+    Args:
+        q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
+
+    Returns:
+        `[B, H, N, Dv]` in q's dtype.
+    """
+    length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
+    entries, slots = select(
+        q, k, v, levels, pooling, pyramid.topk, pyramid.quota or 0, pyramid.keep_first, scorer, dilation, is_causal, scale
+    )
+    q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p
+    )
+    return scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)

@@ -1,0 +1,220 @@
+"""The plain PyTorch twin of every op: what the kernels must equal, and what runs where there is no kernel.
+
+It favours being read: the pooled pyramid is materialised, which the kernels never do. Sums are taken in float32, or in
+float64 for float64 inputs. Everything is a gather through `entries` (slot -> window) or `slots` (window -> slot, -1 where
+the window is no entry), so nothing depends on the order of atomics. Source: SPEC.md, "The four stages".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Pyramid
+
+_LOWEST = torch.finfo(torch.float32).min
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def token_scores(
+    q: Tensor, k: Tensor, v: Tensor, *, scorer: str, dilation: int, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The two scores of every token, per key/value head.
+
+    Args:
+        q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; any floating dtype.
+
+    Returns:
+        `s_q` and `s_k`, float32 `[B, G, N]`. Source: SPEC.md, "Scorers".
+    """
+    if scorer == "dilated":
+        return _dilated_scores(q, k, v, dilation, is_causal, scale)
+    s_q = torch.linalg.vector_norm(q.float(), dim=-1)  # [B, H, N]
+    return s_q.unflatten(1, (k.shape[1], -1)).amax(2), torch.linalg.vector_norm(k.float(), dim=-1)
+
+
+def _dilated_scores(
+    q: Tensor, k: Tensor, v: Tensor, dilation: int, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    groups = k.shape[1]
+    k = k.repeat_interleave(heads // groups, dim=1)
+    v = v.repeat_interleave(heads // groups, dim=1)
+    forward = q.new_empty(batch, heads, length, dtype=torch.float32)
+    exchanged = torch.empty_like(forward)
+    short, longer = divmod(length, dilation)
+    # The first `longer` streams have one token more than the others: two batches of equal length.
+    for first, last, tokens in ((0, longer, short + 1), (longer, dilation, short)):
+        if first == last or tokens == 0:
+            continue
+        stream = torch.arange(first, last, device=q.device)[:, None]
+        index = stream + dilation * torch.arange(tokens, device=q.device)  # [streams, tokens]
+        qs, ks, vs = (x[:, :, index].transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * streams, H, tokens, D]
+        for scores, a, b in ((forward, qs, ks), (exchanged, ks, qs)):
+            out = F.scaled_dot_product_attention(a, b, vs, is_causal=is_causal, scale=scale)
+            norms = torch.linalg.vector_norm(out.float(), dim=-1)  # [B * streams, H, tokens]
+            scores[:, :, index] = norms.unflatten(0, (batch, -1)).transpose(1, 2)
+    return forward.unflatten(1, (groups, -1)).amax(2), exchanged.unflatten(1, (groups, -1)).amax(2)
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def select_windows(s_q: Tensor, s_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Which windows are entries, and in which slot.
+
+    Args:
+        s_q: float32 `[B, G, N]` query scores of the tokens; s_k: key scores. NaN and -inf count as the lowest score.
+
+    Returns:
+        `entries` int32 `[B, G, S]`: the number of the window in each slot;
+        `slots` int32 `[B, G, P]`: the slot of each window, -1 for a window that is no entry.
+    """
+    s_q = torch.where(s_q > -torch.inf, s_q, _LOWEST)
+    s_k = torch.where(s_k > -torch.inf, s_k, _LOWEST)
+    shape = s_q.shape[:2]
+    present = {
+        level: s_q.new_zeros(*shape, pyramid.windows(level), dtype=torch.bool) for level in range(pyramid.levels)
+    }
+    present[0][..., pyramid.covered :] = True
+    present[pyramid.levels - 1][..., : pyramid.coarse] = True
+    if pyramid.coarse == 0:
+        return _number(present, pyramid)
+
+    p, tiles = pyramid.pooling, pyramid.tiles
+    bounds = torch.arange(tiles + 1, device=s_q.device) * pyramid.coarse // tiles
+    candidates = bounds[:-1, None] + torch.arange(pyramid.coarse // tiles + 1, device=s_q.device)  # [T, C]
+    valid = (candidates < bounds[1:, None]).expand(*s_q.shape[:2], -1, -1)  # [B, G, T, C]
+    candidates = candidates.expand_as(valid)
+    for level in range(pyramid.levels - 1, 0, -1):
+        window_q, window_k = (
+            s[..., : pyramid.covered].unflatten(-1, (-1, p**level)).amax(-1) for s in (s_q, s_k)
+        )  # [B, G, W]
+        if pyramid.keep_first:
+            window_q[..., 0] = torch.inf
+        candidates, valid = _expand(window_q, window_k, candidates, valid, pyramid.quota_)  # [B, G, T, E]
+        children = (candidates[..., None] * p + torch.arange(p, device=s_q.device)).flatten(-2)  # [B, G, T, E * p]
+        valid = valid[..., None].expand(*valid.shape, p).flatten(-2)
+        # Invalid places write beyond the last window, where they are dropped.
+        target = torch.where(valid, children, pyramid.windows(level - 1)).flatten(-2)
+        chosen = F.pad(present[level - 1], (0, 1)).scatter(-1, target, True)
+        present[level - 1] = chosen[..., :-1]
+        candidates = children
+    return _number(present, pyramid)
+
+
+def _expand(window_q: Tensor, window_k: Tensor, candidates: Tensor, valid: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+    """The candidates to expand, in ascending order: the best half by query score, then the best others by key score."""
+    index = torch.where(valid, candidates, 0)
+    chosen = torch.zeros_like(valid)
+    for scores, share in ((window_q, quota - quota // 2), (window_k, quota // 2)):
+        shown = scores.gather(-1, index.flatten(-2)).view_as(index)
+        shown = torch.where(valid & ~chosen, shown, -torch.inf)
+        best = shown.sort(dim=-1, descending=True, stable=True).indices[..., :share]  # ties: the lower index first
+        chosen = chosen.scatter(-1, best, True) & valid
+    ascending = chosen.sort(dim=-1, descending=True, stable=True).indices[..., :quota]
+    return candidates.gather(-1, ascending), chosen.gather(-1, ascending)
+
+
+def _number(present: dict[int, Tensor], pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Slots by window end, the finer first where ends are equal: counts and prefix sums instead of a sort."""
+    p = pyramid.pooling
+    batch, groups, length = present[0].shape
+    device = present[0].device
+    per_end = torch.zeros(batch, groups, length, dtype=torch.int32, device=device)  # entries that end at each token
+    for level in range(pyramid.levels):
+        ends = slice(p**level - 1, pyramid.windows(level) * p**level, p**level)
+        per_end[..., ends] += present[level]
+    following = per_end.cumsum(-1, dtype=torch.int32) - per_end  # the next free slot at each end
+    slots = torch.full((batch, groups, pyramid.size), -1, dtype=torch.int32, device=device)
+    for level in range(pyramid.levels):
+        ends = slice(p**level - 1, pyramid.windows(level) * p**level, p**level)
+        here = slice(pyramid.offset(level), pyramid.offset(level + 1))
+        slots[..., here] = torch.where(present[level], following[..., ends], -1)
+        following[..., ends] += present[level]
+    entries = torch.zeros(batch, groups, pyramid.gathered + 1, dtype=torch.int32, device=device)
+    windows = torch.arange(pyramid.size, dtype=torch.int32, device=device).expand_as(slots)
+    entries.scatter_(-1, torch.where(slots < 0, pyramid.gathered, slots).long(), windows)
+    return entries[..., :-1].contiguous(), slots
+
+
+# --- gather and scatter -----------------------------------------------------------------------------------------------
+
+
+def gather(x: Tensor, entries: Tensor, pyramid: Pyramid) -> Tensor:
+    """The mean of each entry's window: `[B, Hx, N, D]` -> `[B, Hx, S, D]`."""
+    wide = _widen(x)
+    pooled = [_blocks(wide, 0, level, pyramid).mean(-2) for level in range(pyramid.levels)]
+    return _rows(torch.cat(pooled, -2), _per_head(entries, x)).to(x.dtype)
+
+
+def gather_backward(grad: Tensor, slots: Tensor, pyramid: Pyramid) -> Tensor:
+    """The adjoint of `gather`: `[B, Hx, S, D]` -> `[B, Hx, N, D]`. Each token reads the entries it is part of."""
+    total = _widen(grad).new_zeros(*grad.shape[:2], pyramid.length, grad.shape[-1])
+    for level in range(pyramid.levels):
+        width = pyramid.pooling**level
+        rows = _present_rows(_widen(grad) / width, _level_slots(slots, level, pyramid))  # [B, Hx, W, D]
+        total[:, :, : rows.shape[2] * width] += rows.repeat_interleave(width, dim=2)
+    return total.to(grad.dtype)
+
+
+def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+    """The sum, for each token, of the entries that concern it: `[B, H, S, D]` -> `[B, H, N, D]`.
+
+    Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on. Otherwise its own window.
+    """
+    total = _widen(out).new_zeros(*out.shape[:2], pyramid.length, out.shape[-1])
+    for level in range(pyramid.levels):
+        width = pyramid.pooling**level
+        rows = _present_rows(_widen(out), _level_slots(slots, level, pyramid))  # [B, H, W, D]
+        shift = width - 1 if is_causal else 0
+        reached = total[:, :, shift : shift + rows.shape[2] * width]
+        reached += rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
+    return total.to(out.dtype)
+
+
+def scatter_backward(grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+    """The adjoint of `scatter`: `[B, H, N, D]` -> `[B, H, S, D]`. Each entry sums the tokens that it concerns."""
+    wide = _widen(grad)
+    sums = []
+    for level in range(pyramid.levels):
+        shift = pyramid.pooling**level - 1 if is_causal else 0
+        sums.append(_blocks(wide, shift, level, pyramid).sum(-2))
+    return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _blocks(x: Tensor, shift: int, level: int, pyramid: Pyramid) -> Tensor:
+    """The level's windows, moved `shift` tokens on and padded with zeros at the end: `[B, H, W, p^l, D]`."""
+    width = pyramid.pooling**level
+    if pyramid.windows(level) == 0:
+        return x.new_zeros(*x.shape[:2], 0, 1, x.shape[-1])
+    reach = shift + pyramid.windows(level) * width
+    x = F.pad(x, (0, 0, 0, max(0, reach - pyramid.length)))[:, :, shift:reach]
+    return x.reshape(*x.shape[:2], pyramid.windows(level), width, x.shape[-1])
+
+
+def _per_head(index: Tensor, x: Tensor) -> Tensor:
+    """Index tensors are per key/value head: repeat them for the query heads of each group."""
+    return index.long().repeat_interleave(x.shape[1] // index.shape[1], dim=1)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """`[B, H, R, D]`, `[B, H, S]` -> `[B, H, S, D]`"""
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+
+
+def _level_slots(slots: Tensor, level: int, pyramid: Pyramid) -> Tensor:
+    return slots[..., pyramid.offset(level) : pyramid.offset(level + 1)]
+
+
+def _present_rows(x: Tensor, slots: Tensor) -> Tensor:
+    """The rows in the slots of one level's windows, zero for windows that are no entry. `[B, H, W, D]`"""
+    slots = _per_head(slots, x)
+    return torch.where(slots[..., None] >= 0, _rows(x, slots.clamp(min=0)), 0)

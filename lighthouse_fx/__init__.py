@@ -1,0 +1,28 @@
+"""lighthouse-fx: a torch.compile backend that makes long-context pre-training fast.
+
+    model = torch.compile(model, backend="lighthouse")
+
+rewrites the attention of a model that trains into Lighthouse attention, and leaves inference dense.
+"""
+
+from .blocks import compile
+from .config import LighthouseConfig
+from .tracing import explain
+from .functional import lighthouse_attention
+from .report import AttentionRecord, GraphReport, Report
+from .journal import reports
+from .stage import dense, pretraining
+
+__all__ = [
+    "AttentionRecord",
+    "GraphReport",
+    "LighthouseConfig",
+    "Report",
+    "compile",
+    "dense",
+    "explain",
+    "lighthouse_attention",
+    "pretraining",
+    "reports",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,133 @@
+"""The configuration of Lighthouse attention: frozen, validated once, hashable.
+
+A leaf of the package: it imports nothing of it, so passes may use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+SCORERS = ("norm", "dilated")
+_WIDEST_WINDOW = 2**31  # window numbers are int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LighthouseConfig:
+    """What is computed in place of dense attention, and where.
+
+    Args:
+        levels: pyramid levels `L >= 1`; level 0 is the tokens, so `levels=1` is dense attention.
+        pooling: pooling factor `p >= 2` between levels.
+        topk: windows expanded per level over the whole sequence, `k >= 1`.
+        quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128.
+        keep_first: always expand window 0, so that no token is left without output.
+        scorer: "norm" (norms of q and k) or "dilated" (norms of two strided attention passes).
+        dilation: strided sub-sequences of the "dilated" scorer.
+        max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
+        dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
+            by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
+
+    Source: SPEC.md, "Names" and "The four stages".
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and the remedy.
+    """
+
+    levels: int = 3
+    pooling: int = 4
+    topk: int = 1536
+    quota: int | None = None
+    keep_first: bool = True
+    scorer: str = "norm"
+    dilation: int = 64
+    max_kept: float = 0.75
+    dense_layers: tuple[int | str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
+        check_fields({field.name: getattr(self, field.name) for field in fields(self)})
+        if self.quota is not None and self.topk % self.quota:
+            raise ValueError(
+                f"quota={self.quota} does not divide topk={self.topk}: give a divisor of topk, or None to have one chosen"
+            )
+        if self.pooling ** (self.levels - 1) >= _WIDEST_WINDOW:
+            raise ValueError(
+                f"levels={self.levels} with pooling={self.pooling} makes coarsest windows of {self.pooling}^"
+                f"{self.levels - 1} tokens, more than any sequence has: use fewer levels, such as levels=3"
+            )
+
+
+def config_field_names() -> tuple[str, ...]:
+    """The names that `options=` and `pretraining(...)` take."""
+    return tuple(field.name for field in fields(LighthouseConfig))
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Check configuration fields one by one, as far as each can be judged alone.
+
+    Raises:
+        TypeError: an unknown name or a value of the wrong type; ValueError: a value out of range.
+    """
+    for name, value in values.items():
+        if name not in config_field_names():
+            raise TypeError(f"{name}={value!r} is no field of LighthouseConfig: use one of {', '.join(config_field_names())}")
+        _CHECKS[name](name, value)
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        return (value,)
+    return tuple(value) if isinstance(value, (list, set, frozenset, range)) else value
+
+
+def _integer_from(least: int, advice: str) -> Any:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer, such as {advice}")
+        if value < least:
+            raise ValueError(f"{name}={value} is below {least}: give an integer of at least {least}, such as {advice}")
+
+    return check
+
+
+def _optional_quota(name: str, value: Any) -> None:
+    if value is not None:
+        _integer_from(1, "quota=128, or None to have a divisor of topk chosen")(name, value)
+
+
+def _boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give True or False")
+
+
+def _scorer(name: str, value: Any) -> None:
+    if value not in SCORERS:
+        raise ValueError(f"{name}={value!r} is not a known scorer: use one of {', '.join(map(repr, SCORERS))}")
+
+
+def _share(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number between 0 and 1, such as 0.75")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name}={value} is not in (0, 1]: give a share of the tokens, such as 0.75")
+
+
+def _layers(name: str, value: Any) -> None:
+    value = _as_tuple(value)
+    if not isinstance(value, tuple) or any(isinstance(x, bool) or not isinstance(x, (int, str)) for x in value):
+        raise TypeError(f"{name}={value!r}: give a tuple of layer numbers and module-name patterns, such as (0, 1, -2, -1)")
+
+
+_CHECKS = {
+    "levels": _integer_from(1, "levels=3"),
+    "pooling": _integer_from(2, "pooling=4"),
+    "topk": _integer_from(1, "topk=1536"),
+    "quota": _optional_quota,
+    "keep_first": _boolean,
+    "scorer": _scorer,
+    "dilation": _integer_from(1, "dilation=64"),
+    "max_kept": _share,
+    "dense_layers": _layers,
+}

@@ -1,0 +1,280 @@
+"""What became of each attention call, as data: records, graphs, a table, pictures and JSON."""
+
+from __future__ import annotations
+
+import html as markup
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+from rich.console import Console
+from rich.table import Table
+from torch import fx
+
+from . import picture
+from .passes import AttentionCall
+from .passes.call import fake
+from .passes.find import is_attention, module_path
+from .passes.regions import regions
+from .passes.rewrite import REWRITTEN_FROM
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRecord:
+    """One attention call of a traced model.
+
+    Attributes:
+        module: path of the module that calls it, "" outside any; source: `file:line` in the user's code.
+        query, key, value: shapes `[B, H, N, D]`, symbolic sizes as text; dtype: of the query.
+        is_causal: as computed, so true where a mask was proved to be causal.
+        length: N; gathered: S, None where the call was refused before S was known.
+        flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
+        rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
+    """
+
+    module: str
+    source: str
+    query: Shape
+    key: Shape
+    value: Shape
+    dtype: str
+    is_causal: bool
+    length: int | str | None
+    gathered: int | str | None
+    flops_share: float | None
+    rewritten: bool
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GraphReport:
+    """One compiled graph: its attention calls, and the graph before and after the passes."""
+
+    calls: tuple[AttentionRecord, ...]
+    before: nx.DiGraph
+    after: nx.DiGraph
+
+    @property
+    def rewritten(self) -> int:
+        """How many calls were rewritten."""
+        return sum(call.rewritten for call in self.calls)
+
+    def summary(self) -> str:
+        """One line for a log."""
+        reasons = dict.fromkeys(f"{call.module or 'a call'}: {call.reason}" for call in self.calls if not call.rewritten)
+        left = f"; left dense: {'; '.join(reasons)}" if reasons else ""
+        return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{left}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Report:
+    """All graphs of a model. `print(report)` shows the table."""
+
+    graphs: tuple[GraphReport, ...]
+    title: str = "lighthouse"
+
+    @property
+    def calls(self) -> tuple[AttentionRecord, ...]:
+        """The attention calls of all graphs, in order."""
+        return tuple(call for graph in self.graphs for call in graph.calls)
+
+    @property
+    def rewritten(self) -> int:
+        """How many calls were rewritten."""
+        return sum(graph.rewritten for graph in self.graphs)
+
+    def table(self) -> Table:
+        """The calls as a rich table."""
+        title = f"{self.title}: {self.rewritten} of {len(self.calls)} attention calls rewritten"
+        table = Table(title=title, title_justify="left")
+        for column in ("module", "source", "query", "key/value heads", "causal", "N", "S", "dense FLOPs", "rewritten"):
+            table.add_column(column, overflow="fold")
+        for row in self._rows():
+            table.add_row(*row, style=None if row[-1] == "yes" else "yellow")
+        return table
+
+    def _rows(self) -> Iterable[tuple[str, ...]]:
+        for call in self.calls:
+            outcome = "yes" if call.rewritten else f"no: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
+            yield (
+                call.module or "-",
+                _short_source(call.source),
+                f"{_show(call.query)} {call.dtype}",
+                str(call.key[1]) if len(call.key) == 4 else "-",
+                "yes" if call.is_causal else "no",
+                _or_dash(call.length),
+                _or_dash(call.gathered),
+                "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
+                outcome,
+            )
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the table."""
+        (console or Console()).print(self.table())
+
+    def __str__(self) -> str:
+        console = Console(width=160, record=True, file=_Nowhere())
+        console.print(self.table())
+        return console.export_text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data: calls and graphs (networkx node-link form)."""
+        return {
+            "rewritten": self.rewritten,
+            "calls": [asdict(call) for call in self.calls],
+            "graphs": [
+                {name: nx.node_link_data(graph, edges="edges") for name, graph in (("before", g.before), ("after", g.after))}
+                for g in self.graphs
+            ],
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Save a picture (`.svg`, `.html`: self-contained) or the data (`.json`).
+
+        Raises:
+            ValueError: for another suffix, or where there is no graph to draw.
+        """
+        path = Path(path)
+        writers = {".svg": self._svg, ".html": self._html, ".json": lambda: json.dumps(self.to_dict(), indent=1)}
+        if path.suffix not in writers:
+            raise ValueError(f"path={str(path)!r} ends in {path.suffix!r}: use one of {', '.join(writers)}")
+        if not self.graphs:
+            raise ValueError("this report has no graph: nothing was traced, so there is nothing to save")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(writers[path.suffix](), encoding="utf-8")
+        return path
+
+    def _titles(self) -> Sequence[str]:
+        count = len(self.graphs)
+        return [self.title if count == 1 else f"{self.title}, graph {n} of {count}" for n in range(1, count + 1)]
+
+    def _svg(self) -> str:
+        best = max(self.graphs, key=lambda graph: (graph.rewritten, len(graph.calls)))
+        return picture.draw(best.before, best.after, title=self.title, subtitle=best.summary())
+
+    def _html(self) -> str:
+        pages = [(title, g.before, g.after) for title, g in zip(self._titles(), self.graphs, strict=True)]
+        heads = "".join(f"<th>{column.header}</th>" for column in self.table().columns)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
+        )
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        return picture.html(pages, table, title=self.title)
+
+
+class _Nowhere:
+    """A file for a console whose output is only recorded."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+# --- from a graph -----------------------------------------------------------------------------------------------------
+
+
+def record(call: AttentionCall) -> AttentionRecord:
+    """What a user may know of a call after the passes."""
+    query, key, value = (fake(x) for x in (call.query, call.key, call.value))
+    length = query.shape[2] if query is not None and query.dim() == 4 else None
+    gathered = call.gathered
+    share = (gathered / length) ** 2 if isinstance(gathered, int) and isinstance(length, int) and length else None
+    return AttentionRecord(
+        module=call.module,
+        source=call.source,
+        query=_shape(query),
+        key=_shape(key),
+        value=_shape(value),
+        dtype=str(query.dtype).removeprefix("torch.") if query is not None else "",
+        is_causal=call.is_causal is True,
+        length=_size(length),
+        gathered=_size(gathered),
+        flops_share=share,
+        rewritten=call.refusal is None,
+        reason=call.refusal.reason if call.refusal else "",
+        remedy=call.refusal.remedy if call.refusal else "",
+    )
+
+
+def as_networkx(gm: fx.GraphModule, calls: Sequence[AttentionCall] = ()) -> nx.DiGraph:
+    """A graph and its subgraphs as one networkx graph; edges are data flow.
+
+    Nodes have `op`, `target`, `module`, `shape`, `kind` ("input", "attention", "lighthouse" or "other"), `order` and
+    `call`, the index of the attention call that a node belongs to, or -1.
+    """
+    graph = nx.DiGraph()
+    index = {call.node: position for position, call in enumerate(calls)}
+    for region in regions(gm):
+        prefix = f"{region.name}/" if region.name else ""
+        for node in region.gm.graph.nodes:
+            if node.op in ("output", "get_attr"):
+                continue
+            call = index.get(node, node.meta.get(REWRITTEN_FROM, -1))
+            tensor = fake(node)
+            graph.add_node(
+                prefix + node.name,
+                op=node.op,
+                target=_target(node),
+                module=module_path(node),
+                shape="" if tensor is None else f"[{', '.join(map(str, tensor.shape))}]",
+                kind=_kind(node, call),
+                order=graph.number_of_nodes(),
+                call=call,
+            )
+            for source in node.all_input_nodes:
+                if prefix + source.name in graph:
+                    graph.add_edge(prefix + source.name, prefix + node.name)
+            if node.op == "placeholder":
+                for outer, operand in region.operands(node):
+                    name = f"{outer.name}/{operand.name}" if outer.name else getattr(operand, "name", "")
+                    if name in graph:
+                        graph.add_edge(name, prefix + node.name)
+    return graph
+
+
+def _kind(node: fx.Node, call: int) -> str:
+    if node.op == "placeholder":
+        return "input"
+    if is_attention(node) and not _gathers(node):
+        return "attention"
+    return "lighthouse" if call >= 0 else "other"
+
+
+def _gathers(node: fx.Node) -> bool:
+    return any("lighthouse_fx" in str(source.target) for source in node.all_input_nodes)
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    name = str(getattr(node.target, "__name__", node.target))
+    return f"lighthouse_fx.{name.removesuffix('.default')}" if "lighthouse_fx" in str(node.target) else name
+
+
+def _shape(tensor: Any) -> Shape:
+    return () if tensor is None else tuple(_size(size) for size in tensor.shape)  # type: ignore[misc]
+
+
+def _size(size: Any) -> int | str | None:
+    return size if size is None or isinstance(size, int) else str(size)
+
+
+def _show(shape: Shape) -> str:
+    return "-" if not shape else f"[{', '.join(map(str, shape))}]"
+
+
+def _or_dash(value: Any) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _short_source(source: str) -> str:
+    path, _, line = source.rpartition(":")
+    return f"{Path(path).name}:{line}" if path else "-"

@@ -1,0 +1,38 @@
+"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, rewrite, clean up.
+
+Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from lighthouse_fx.config import LighthouseConfig
+
+from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
+from .check import check_attention
+from .dead_masks import remove_dead_masks
+from .find import find_attention
+from .masks import prove_masks
+from .rewrite import rewrite_attention
+
+PIPELINE: list[Callable[..., fx.GraphModule]] = [
+    find_attention,
+    prove_masks,
+    check_attention,
+    rewrite_attention,
+    remove_dead_masks,
+]
+
+
+def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
+    """Run the pipeline. Afterwards `gm.meta[CALLS]` says what became of each attention call."""
+    for step in PIPELINE:
+        gm = step(gm, example_inputs, config=config)
+    return gm
+
+
+__all__ = ["CALLS", "DENSE", "LAYERS", "PIPELINE", "TRAINING", "AttentionCall", "Refusal", "run_passes"]

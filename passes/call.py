@@ -1,0 +1,75 @@
+"""What the passes know of one attention call, and how they hand it on.
+
+Passes change nothing but the graph; what they learn travels in `gm.meta[CALLS]`, a tuple with one frozen `AttentionCall`
+per attention found, in graph order. `gm.meta[DENSE]`, `[LAYERS]` and `[TRAINING]` are given by the backend before the first pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .regions import Region
+
+CALLS = "lighthouse_calls"
+DENSE = "lighthouse_dense"  # a Refusal that holds for the whole graph
+LAYERS = "lighthouse_layers"  # dict: path of a module list -> its length
+TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why a call stays dense, and what the user can do about it."""
+
+    reason: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One attention call, its arguments as nodes or constants, and what became of it.
+
+    `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
+    the nodes that built it, each with its region.
+    `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
+    """
+
+    node: fx.Node
+    region: Region
+    module: str
+    source: str
+    query: Any = None
+    key: Any = None
+    value: Any = None
+    mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+    mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    gathered: Any = None
+    refusal: Refusal | None = None
+
+    def refuse(self, reason: str, remedy: str = "") -> AttentionCall:
+        """This call, left dense."""
+        return replace(self, refusal=Refusal(reason=reason, remedy=remedy))
+
+
+def for_each_call(gm: fx.GraphModule, step: Callable[[AttentionCall], AttentionCall]) -> None:
+    """Replace each call that is not refused yet by `step(call)`."""
+    gm.meta[CALLS] = tuple(call if call.refusal else step(call) for call in gm.meta[CALLS])
+
+
+def fake(node: Any) -> torch.Tensor | None:
+    """The fake tensor that Dynamo saw at a node: shape, dtype, device, requires_grad."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def constant(value: Any) -> Any:
+    """The Python value of an argument: a node that stands for a symbolic number gives that number."""
+    return value.meta.get("example_value") if isinstance(value, fx.Node) else value

@@ -1,0 +1,152 @@
+"""Decide for each call whether it can be rewritten exactly. Changes nothing in the graph.
+
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; its AttentionCall now has S, or a Refusal
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import fx
+
+from lighthouse_fx.config import LighthouseConfig
+
+from ..kernels import Pyramid
+from ..kernels.shapes import shape_problem
+from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, constant, fake, for_each_call
+
+_NUMBERED = re.compile(r"^(.*?)\.?\b(\d+)(?:\.|$)")
+
+
+def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
+    """Give every call its gathered length, or the reason why it stays dense."""
+    if refusal := gm.meta.get(DENSE):
+        for_each_call(gm, lambda call: replace(call, refusal=refusal))
+        return gm
+    counts = _layer_counts(gm)
+    trains = gm.meta.get(TRAINING, lambda node: True)
+    for_each_call(gm, lambda call: _exclude(call, config, counts))
+    for_each_call(gm, lambda call: call if trains(call.node) else call.refuse("its module is in eval mode"))
+    for_each_call(gm, _supported)
+    for_each_call(gm, lambda call: _worthwhile(call, config))
+    return gm
+
+
+def pyramid_of(call: AttentionCall, config: LighthouseConfig) -> Pyramid:
+    """The pyramid over a call's tokens."""
+    query = fake(call.query)
+    assert query is not None, "checked before"
+    return Pyramid(
+        length=query.shape[2],
+        levels=config.levels,
+        pooling=config.pooling,
+        topk=config.topk,
+        quota=config.quota,
+        keep_first=config.keep_first,
+    )
+
+
+# --- layers that are to stay dense ------------------------------------------------------------------------------------
+
+
+def _layer_counts(gm: fx.GraphModule) -> dict[str, int]:
+    """How many layers each module list has: as the backend says, otherwise as far as this graph shows."""
+    counts: dict[str, int] = {}
+    for call in gm.meta[CALLS]:
+        if found := _NUMBERED.match(call.module):
+            counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
+    known: Mapping[str, int] = gm.meta.get(LAYERS, {})
+    return counts | {path: count for path, count in known.items() if path in counts}
+
+
+def _exclude(call: AttentionCall, config: LighthouseConfig, counts: Mapping[str, int]) -> AttentionCall:
+    for wanted in config.dense_layers:
+        if isinstance(wanted, str):
+            if fnmatchcase(call.module, wanted) or fnmatchcase(call.module, f"{wanted}.*"):
+                return call.refuse(f"layer excluded: {wanted!r} is in dense_layers")
+            continue
+        found = _NUMBERED.match(call.module)
+        if len(call.region.callers) > 1:
+            return call.refuse(
+                f"dense_layers has the number {wanted}, and several layers share this call's subgraph",
+                "name the layers by a pattern, or compile without nested_compile_region",
+            )
+        if not found:
+            return call.refuse(
+                f"dense_layers has the number {wanted}, and this call's layer has none in this graph",
+                "compile the whole model, or let lighthouse_fx.compile(model, dense_layers=...) choose the blocks",
+            )
+        if int(found[2]) == (wanted if wanted >= 0 else counts[found[1]] + wanted):
+            return call.refuse(f"layer excluded: {wanted} is in dense_layers")
+    return call
+
+
+# --- calls that can be rewritten exactly ------------------------------------------------------------------------------
+
+
+def _supported(call: AttentionCall) -> AttentionCall:
+    query, key, value, out = (fake(x) for x in (call.query, call.key, call.value, call.node))
+    if call.region.opaque:
+        return call.refuse(f"inside {call.region.opaque}, whose body cannot be changed alone")
+    if query is None or key is None or value is None or out is None:
+        return call.refuse("the shapes of its arguments are not known in this graph")
+    if _from_gather(call.query):
+        return call.refuse("already Lighthouse attention, called by its functional form")
+    if any(x.is_nested for x in (query, key, value)):
+        return call.refuse("nested (jagged) tensors", "pad the batch to one length, or pack it")
+    if _in_functorch(call.node):
+        return call.refuse("inside a torch.func transform, such as vmap or grad", "apply it outside the compiled model")
+    if call.mask is not None:
+        return call.refuse("explicit attn_mask, not proved to be only causal", "pass is_causal=True and no attn_mask")
+    if not isinstance(call.is_causal, bool) or not isinstance(call.enable_gqa, bool):
+        return call.refuse("is_causal or enable_gqa is computed in the graph", "pass True or False")
+    if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=call.enable_gqa):
+        return call.refuse(problem)
+    if not query.is_floating_point():
+        return call.refuse(f"dtype {query.dtype} is not floating point")
+    if not out.requires_grad:
+        return call.refuse("needs no gradient: nothing trains through this call")
+    return call
+
+
+def _from_gather(node: Any) -> bool:
+    return isinstance(node, fx.Node) and "lighthouse_fx" in str(node.target) and "gather" in str(node.target)
+
+
+def _in_functorch(node: fx.Node) -> bool:
+    """Whether a transform (`torch.func.vmap`, `grad`, ...) is open at this node: Dynamo brackets it by these calls."""
+    depth = 0
+    for other in node.graph.nodes:
+        if other is node:
+            return depth > 0
+        name = getattr(other.target, "__name__", "") if other.op == "call_function" else ""
+        if name.endswith("_increment_nesting"):
+            depth += 1
+        elif name.endswith("_decrement_nesting"):
+            depth -= 1
+    return False
+
+
+def _worthwhile(call: AttentionCall, config: LighthouseConfig) -> AttentionCall:
+    pyramid = pyramid_of(call, config)
+    length, gathered = pyramid.length, pyramid.gathered
+    call = replace(call, gathered=gathered)
+    # With dynamic shapes these comparisons become guards: crossing the boundary compiles once more.
+    if length < pyramid.widest:
+        return call.refuse(
+            f"{constant(length)} tokens are fewer than one coarsest window of {pyramid.widest}",
+            "use fewer levels or a smaller pooling factor",
+        )
+    kept, of = config.max_kept.as_integer_ratio()
+    if gathered * of > kept * length:
+        share = "" if isinstance(gathered, torch.SymInt) else f", {gathered / length:.0%} of the tokens,"
+        return call.refuse(
+            f"not worth it: {gathered} of {length} tokens{share} would be gathered, more than max_kept={config.max_kept}",
+            "use a smaller topk, or raise max_kept",
+        )
+    return call

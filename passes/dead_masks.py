@@ -1,0 +1,51 @@
+"""Remove what only a mask needed that is gone.
+
+Before:
+    i = arange(N); mask = i[:, None] >= i               # nothing uses mask any more
+After:
+    nothing
+
+Only nodes that the proof went through are removed, since those are known to do nothing else. General dead-code
+elimination would take in-place operations of the user's model with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from .call import CALLS
+from .regions import Region
+
+
+def remove_dead_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
+    """Erase the unused nodes among those that built the masks of rewritten calls, also across subgraph borders."""
+    candidates: dict[fx.Node, Region] = {}
+    for call in gm.meta[CALLS]:
+        if call.refusal is None:
+            candidates |= dict(call.mask_nodes)
+    touched = set()
+    while dead := [node for node in candidates if not node.users and _removable(node, candidates[node])]:
+        for node in dead:
+            region = candidates.pop(node)
+            touched |= {region.gm, *(caller.region.gm for caller in region.callers)}
+            if node.op == "placeholder":
+                _drop_operand(node, region)
+            region.gm.graph.erase_node(node)
+    for graph_module in touched:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return gm
+
+
+def _removable(node: fx.Node, region: Region) -> bool:
+    return node.op != "placeholder" or bool(region.callers)
+
+
+def _drop_operand(placeholder: fx.Node, region: Region) -> None:
+    index = list(region.gm.graph.find_nodes(op="placeholder")).index(placeholder)
+    for caller in region.callers:
+        at = caller.first_operand + index
+        caller.node.args = (*caller.node.args[:at], *caller.node.args[at + 1 :])

@@ -1,0 +1,100 @@
+"""Find the attention calls. Changes nothing in the graph.
+
+    out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same, with an AttentionCall in gm.meta
+
+Every spelling of the arguments is brought to one form. Attention that other functions compute is found too, and refused:
+a user must see each attention that stays dense, and why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .call import CALLS, AttentionCall, Refusal
+from .regions import Region, regions
+
+_SDPA = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
+_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_POSITIONAL = 6  # scale and enable_gqa are keyword-only
+
+# Other functions that compute attention. -> reason, remedy
+_OTHERS = {
+    "multi_head_attention_forward": (
+        "nn.MultiheadAttention computes its attention inside one function of PyTorch",
+        "use a module that calls scaled_dot_product_attention itself",
+    ),
+    "flex_attention": ("FlexAttention is not rewritten", "use scaled_dot_product_attention with is_causal=True"),
+    "flash_attn_func": ("flash-attn is called directly", "use scaled_dot_product_attention with is_causal=True"),
+    "flash_attn_varlen_func": ("flash-attn is called directly", "use scaled_dot_product_attention with is_causal=True"),
+}
+
+
+def find_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
+    """Put an `AttentionCall` for every attention into `gm.meta`, in graph order, subgraphs after their callers."""
+    gm.meta[CALLS] = tuple(
+        call
+        for region in regions(gm)
+        for node in region.gm.graph.nodes
+        if node.op == "call_function" and (call := _as_call(node, region)) is not None
+    )
+    return gm
+
+
+def is_attention(node: fx.Node) -> bool:
+    """Whether a node is a `scaled_dot_product_attention` call."""
+    return node.op == "call_function" and node.target in _SDPA
+
+
+def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
+    where = {"node": node, "region": region, "module": module_path(node), "source": source_line(node)}
+    if not is_attention(node):
+        name = _function_name(node.target)
+        if name not in _OTHERS:
+            return None
+        reason, remedy = _OTHERS[name]
+        return AttentionCall(**where, refusal=Refusal(reason=reason, remedy=remedy))
+    given = dict(zip(_ARGUMENTS[:_POSITIONAL], node.args, strict=False)) | dict(node.kwargs)
+    return AttentionCall(
+        **where,
+        query=given["query"],
+        key=given["key"],
+        value=given["value"],
+        mask=given.get("attn_mask"),
+        dropout_p=given.get("dropout_p", 0.0),
+        is_causal=given.get("is_causal", False),
+        scale=given.get("scale"),
+        enable_gqa=given.get("enable_gqa", False),
+    )
+
+
+def _function_name(target: Any) -> str:
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name()
+    return str(getattr(target, "__name__", ""))
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that a node was traced in, as `named_modules` spells it, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
+
+
+def clean_path(source: str) -> str:
+    """`L['self']._modules['layers']._modules['0'].attn` -> `layers.0.attn`"""
+    path = re.sub(r"\._modules\['([^']+)'\]", r".\1", source)
+    path = re.sub(r"getattr\((.+?), '(\w+)'\)", r"\1.\2", path)
+    path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
+    path = re.sub(r"^[LG]\.\w+\.?", "", path)
+    return path.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:123` of the call in the user's code, or ""."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return "{}:{}".format(*frames[-1]) if frames else ""

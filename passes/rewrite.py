@@ -1,0 +1,116 @@
+"""Rewrite the calls that passed every check.
+
+Before:
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=s)
+
+After:
+    select  = lighthouse_fx.select(q, k, v, ...)            -> entries = select[0], slots = select[1]
+    gather  = lighthouse_fx.gather(q, entries, slots, ...)
+    gather1 = lighthouse_fx.gather(k, entries, slots, ...)
+    gather2 = lighthouse_fx.gather(v, entries, slots, ...)
+    inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
+    out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lighthouse_fx.config import LighthouseConfig
+
+from ..kernels import REVISION
+from .call import CALLS, AttentionCall, fake
+from .check import pyramid_of
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+_OPS = torch.ops.lighthouse_fx
+REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call that a node belongs to
+
+
+def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
+    """Replace each accepted `scaled_dot_product_attention` by select, three gathers, itself on S entries, and scatter."""
+    changed = []
+    for index, call in enumerate(gm.meta[CALLS]):
+        call.node.meta[REWRITTEN_FROM] = index
+        if call.refusal is None:
+            _rewrite(call, config, index)
+            changed.append(call.region.gm)
+    for region_gm in dict.fromkeys(changed):
+        region_gm.graph.lint()
+        region_gm.recompile()
+    return gm
+
+
+def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
+    graph, node = call.node.graph, call.node
+    q, k, v = call.query, call.key, call.value
+    fakes = {n: fake(n) for n in (q, k, v, node)}
+    pyramid = pyramid_of(call, config)
+    batch, groups = fakes[k].shape[:2]
+
+    def add(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, op: str) -> fx.Node:
+        new = graph.create_node(op, target, args, kwargs)
+        new.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
+        new.meta |= {"example_value": value, REWRITTEN_FROM: index}
+        return new
+
+    def function(target: Callable[..., Any], *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
+        return add(target, args, kwargs, value, "call_function")
+
+    def empty(like: fx.Node, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        x = fakes[like]
+        with torch.no_grad():
+            return x.new_empty(shape, dtype=dtype or x.dtype)
+
+    levels, pooling = config.levels, config.pooling
+    # The scale matters to a scorer that attends; elsewhere it would only tie the selection to a traced number.
+    scale = call.scale if config.scorer == "dilated" else None
+    with graph.inserting_before(node):
+        length = pyramid.length
+        if isinstance(length, torch.SymInt):
+            length = add("size", (q, 2), {}, length, "call_method")  # type: ignore[arg-type]
+        index_tensors = (
+            empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
+            empty(k, batch, groups, pyramid.size, dtype=torch.int32),
+        )
+        selection = function(
+            _OPS.select.default,
+            q, k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
+            config.scorer, config.dilation, call.is_causal, scale,
+            value=index_tensors,
+        )  # fmt: skip
+        entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
+        gathered = [
+            function(
+                _OPS.gather.default,
+                x, entries, slots, levels, pooling, REVISION,
+                value=empty(x, *fakes[x].shape[:2], pyramid.gathered, fakes[x].shape[3]),
+            )
+            for x in (q, k, v)
+        ]  # fmt: skip
+        out = fakes[node]
+        inner = function(
+            node.target,
+            *gathered,
+            value=empty(node, *out.shape[:2], pyramid.gathered, out.shape[3]),
+            **_carried_over(call),
+        )
+        result = function(
+            _OPS.scatter.default,
+            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION,
+            value=out,
+        )  # fmt: skip
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _carried_over(call: AttentionCall) -> dict[str, Any]:
+    """The call's own keyword arguments, as it gave them; a mask that proved causal is gone."""
+    kept = {"dropout_p": call.dropout_p, "is_causal": call.is_causal, "scale": call.scale, "enable_gqa": call.enable_gqa}
+    usual = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    return {name: value for name, value in kept.items() if isinstance(value, fx.Node) or value != usual[name]}

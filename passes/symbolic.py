@@ -1,0 +1,177 @@
+"""Exact values of mask elements, as functions of the query position `i` and the key position `j`.
+
+An element is one of
+    Affine   an integer such as `i - j + 3`, or with other coordinates, which a mask must not depend on in the end
+    Cases    a Python constant on each of a few sets of diagonals, such as {i >= j: True, i < j: False}
+Whatever is neither raises `Unproven`, with the reason. Nothing is ever approximated or tried out at small sizes: a sliding
+window that is wider than the sample would pass for causal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_Band = tuple[float, float]
+
+
+class Unproven(Exception):
+    """The value cannot be told from the graph alone; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagonals:
+    """A set of diagonals `d = i - j`: sorted, disjoint bands `lowest <= d <= highest`."""
+
+    bands: tuple[_Band, ...]
+
+    def __and__(self, other: Diagonals) -> Diagonals:
+        cuts = ((max(a[0], b[0]), min(a[1], b[1])) for a in self.bands for b in other.bands)
+        return Diagonals(tuple(sorted(band for band in cuts if band[0] <= band[1])))
+
+    def __invert__(self) -> Diagonals:
+        edges = [-math.inf, *itertools.chain.from_iterable((low - 1, high + 1) for low, high in self.bands), math.inf]
+        gaps = zip(edges[::2], edges[1::2], strict=True)
+        return Diagonals(tuple(gap for gap in gaps if gap[0] <= gap[1] and gap != (-math.inf, -math.inf) and gap != (math.inf, math.inf)))
+
+    def __or__(self, other: Diagonals) -> Diagonals:
+        return ~(~self & ~other)
+
+
+EVERY = Diagonals(((-math.inf, math.inf),))
+NOWHERE = Diagonals(())
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """`sum(coefficient * coordinate) + constant`; coordinates are integers from 0 on."""
+
+    terms: tuple[tuple[str, int], ...] = ()
+    constant: Any = 0  # int or SymInt
+
+    def __add__(self, other: Affine) -> Affine:
+        terms = dict(self.terms)
+        for name, factor in other.terms:
+            terms[name] = terms.get(name, 0) + factor
+        kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor))
+        return Affine(kept, plain(self.constant + other.constant))
+
+    def __mul__(self, factor: int) -> Affine:
+        return Affine(tuple((name, f * factor) for name, f in self.terms if factor), plain(self.constant * factor))
+
+    def __sub__(self, other: Affine) -> Affine:
+        return self + other * -1
+
+    @property
+    def is_natural(self) -> bool:
+        """Surely not negative, whatever the coordinates."""
+        return all(f > 0 for _, f in self.terms) and isinstance(self.constant, int) and self.constant >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cases:
+    """A constant on each of some disjoint sets of diagonals, which together are all."""
+
+    parts: tuple[tuple[Diagonals, Any], ...]
+
+    def where(self, wanted: Callable[[Any], bool]) -> Diagonals:
+        """The diagonals on which the constant is as wanted."""
+        found = NOWHERE
+        for diagonals, value in self.parts:
+            if wanted(value):
+                found = found | diagonals
+        return found
+
+
+Element = Affine | Cases
+
+
+def coordinate(name: str) -> Affine:
+    """The coordinate itself."""
+    return Affine(((name, 1),))
+
+
+def plain(value: Any) -> Any:
+    """A symbolic integer whose value is known becomes that integer."""
+    if isinstance(value, torch.SymInt) and value.node.expr.is_number:
+        return int(value.node.expr)
+    return value
+
+
+def element(value: Any) -> Element:
+    """A constant as an element."""
+    value = plain(value)
+    if isinstance(value, bool | float):
+        return Cases(((EVERY, value),))
+    if isinstance(value, int | torch.SymInt):
+        return Affine(constant=value)
+    raise Unproven(f"it depends on {value!r}")
+
+
+def as_cases(value: Element) -> Cases:
+    """An element that is constant piece by piece, as such."""
+    if isinstance(value, Cases):
+        return value
+    if value.terms or not isinstance(value.constant, int):
+        raise Unproven("it depends on a position other than by comparing query and key")
+    return Cases(((EVERY, value.constant),))
+
+
+def as_affine(value: Element) -> Affine:
+    """An element that is an integer function of the coordinates, as such."""
+    if isinstance(value, Affine):
+        return value
+    constants = {int(constant) for _, constant in value.parts if constant == int(constant)} if _finite(value) else set()
+    if len(constants) != 1 or len(value.parts) != 1:
+        raise Unproven("an index in it is not a plain range of positions")
+    return Affine(constant=constants.pop())
+
+
+def _finite(value: Cases) -> bool:
+    return all(math.isfinite(constant) for _, constant in value.parts)
+
+
+def apply(function: Callable[..., Any], *values: Element) -> Element:
+    """An element-wise function of elements that are constant piece by piece."""
+    parts: list[tuple[Diagonals, Any]] = []
+    for choice in itertools.product(*(as_cases(value).parts for value in values)):
+        diagonals = EVERY
+        for where, _ in choice:
+            diagonals = diagonals & where
+        if diagonals.bands:
+            parts.append((diagonals, function(*(constant for _, constant in choice))))
+    return Cases(tuple(parts))
+
+
+def compare(relation: str, left: Element, right: Element) -> Cases:
+    """`left < right` and its like: `relation` is one of lt, le, gt, ge, eq, ne."""
+    if relation in ("gt", "ge"):
+        return compare({"gt": "lt", "ge": "le"}[relation], right, left)
+    if relation == "ne":
+        return _boolean(~compare("eq", left, right).where(bool))
+    if isinstance(left, Cases) or isinstance(right, Cases):
+        relations = {"lt": float.__lt__, "le": float.__le__, "eq": float.__eq__}
+        return as_cases(apply(lambda a, b: relations[relation](float(a), float(b)), left, right))
+    if relation == "eq":
+        return _boolean(compare("le", left, right).where(bool) & compare("le", right, left).where(bool))
+    difference = left - right  # <= 0, or <= -1 where the relation is strict
+    terms, constant = dict(difference.terms), difference.constant + (relation == "lt")
+    if not isinstance(constant, int):
+        raise Unproven("it compares positions at a distance that is not a fixed number")
+    if not terms:
+        return _boolean(EVERY if constant <= 0 else NOWHERE)
+    factor = terms.get("i", 0)
+    if not factor or terms != {"i": factor, "j": -factor}:
+        raise Unproven("it depends on a position other than by comparing query and key")
+    if factor > 0:
+        return _boolean(Diagonals(((-math.inf, -constant // factor),)))
+    return _boolean(Diagonals(((-(-constant // -factor), math.inf),)))
+
+
+def _boolean(true: Diagonals) -> Cases:
+    return Cases(tuple((where, value) for where, value in ((true, True), (~true, False)) if where.bands))
