@@ -56,9 +56,7 @@ def select(
     pyramid = Pyramid(
         length=q.shape[2], levels=levels, pooling=pooling, topk=topk, quota=quota or None, keep_first=keep_first
     )
-    s_q, s_k = reference.token_scores(
-        q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale
-    )
+    s_q, s_k = reference.token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
     return reference.select_windows(s_q, s_k, pyramid)
 
 
@@ -211,10 +209,22 @@ def attend(
     """
     length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
     entries, slots = select(
-        q, k, v, levels, pooling, pyramid.topk, pyramid.quota or 0, pyramid.keep_first, scorer, dilation, is_causal, scale
+        q,
+        k,
+        v,
+        levels,
+        pooling,
+        pyramid.topk,
+        pyramid.quota or 0,
+        pyramid.keep_first,
+        scorer,
+        dilation,
+        is_causal,
+        scale,
     )
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p
     )
-    return scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
+    result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
+    return result

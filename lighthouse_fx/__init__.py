@@ -7,11 +7,11 @@ rewrites the attention of a model that trains into Lighthouse attention, and lea
 
 from .blocks import compile
 from .config import LighthouseConfig
-from .tracing import explain
 from .functional import lighthouse_attention
-from .report import AttentionRecord, GraphReport, Report
 from .journal import reports
+from .report import AttentionRecord, GraphReport, Report
 from .stage import dense, pretraining
+from .tracing import explain
 
 __all__ = [
     "AttentionRecord",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -49,7 +49,8 @@ def lighthouse(
         patches |= dynamo.list_mode_options(mode)
     report, rewritten = rewrite(gm, example_inputs, config)
     journal.add(report)
-    return _running(dynamo.compile_fx(rewritten, example_inputs, config_patches=patches), report)
+    compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
+    return _running(compiled, report)
 
 
 def rewrite(

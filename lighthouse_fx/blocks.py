@@ -51,7 +51,9 @@ def compile(
     count = len(blocks)
     for number in dense_layers:
         if not isinstance(number, int) or not -count <= number < count:
-            raise ValueError(f"dense_layers has {number!r}, and the model has {count} blocks: use -{count} to {count - 1}")
+            raise ValueError(
+                f"dense_layers has {number!r}, and the model has {count} blocks: use -{count} to {count - 1}"
+            )
     dense = {number % count for number in dense_layers}
     if len(dense) == count:
         raise ValueError(
@@ -82,7 +84,9 @@ def repeated_blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: where no module list holds blocks of one class.
     """
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1]
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1
+    ]
     if not lists:
         raise ValueError(
             f"model={type(model).__name__} has no ModuleList of equal blocks: "
@@ -97,7 +101,12 @@ def _require_rewriting(model: nn.Module) -> None:
 
     def applies(module: nn.Module) -> bool:
         # A tracer (explain) runs nothing, so there is nothing to count.
-        return not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled() and stage.current.kind != "dense"
+        return (
+            not torch.compiler.is_compiling()
+            and module.training
+            and torch.is_grad_enabled()
+            and stage.current.kind != "dense"
+        )
 
     def start(module: nn.Module, args: Any) -> None:
         before[:] = [journal.runs.rewritten] if applies(module) else []

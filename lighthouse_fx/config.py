@@ -72,7 +72,9 @@ def check_fields(values: Mapping[str, Any]) -> None:
     """
     for name, value in values.items():
         if name not in config_field_names():
-            raise TypeError(f"{name}={value!r} is no field of LighthouseConfig: use one of {', '.join(config_field_names())}")
+            raise TypeError(
+                f"{name}={value!r} is no field of LighthouseConfig: use one of {', '.join(config_field_names())}"
+            )
         _CHECKS[name](name, value)
 
 
@@ -117,7 +119,9 @@ def _share(name: str, value: Any) -> None:
 def _layers(name: str, value: Any) -> None:
     value = _as_tuple(value)
     if not isinstance(value, tuple) or any(isinstance(x, bool) or not isinstance(x, (int, str)) for x in value):
-        raise TypeError(f"{name}={value!r}: give a tuple of layer numbers and module-name patterns, such as (0, 1, -2, -1)")
+        raise TypeError(
+            f"{name}={value!r}: give a tuple of layer numbers and module-name patterns, such as (0, 1, -2, -1)"
+        )
 
 
 _CHECKS = {

@@ -14,13 +14,13 @@ import torch
 from torch import fx, nn
 
 try:
+    from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import AttrSource, ImportSource
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._guards import Guard, Source, TracingContext
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
-    from torch._dynamo.guards import GuardBuilder
-    from torch._logging import trace_structured
+    from torch._logging._internal import trace_structured
 except ImportError as error:  # pragma: no cover - depends on the torch release
     raise ImportError(
         f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
@@ -70,7 +70,11 @@ class ModuleSources:
 
     def layer_counts(self) -> Mapping[str, int]:
         """The length of every module list, by its path below the outermost module."""
-        lists = {path: module for path, (_, module) in self._modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)}
+        lists = {
+            path: module
+            for path, (_, module) in self._modules.items()
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+        }
         return {path.partition(".")[2]: len(module) for path, module in lists.items()}
 
 
@@ -127,5 +131,3 @@ def in_reentrant_checkpoint() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-

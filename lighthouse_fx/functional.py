@@ -89,17 +89,24 @@ def _check(
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}={x!r} is a {type(x).__name__}: give a tensor [batch, heads, tokens, head dimension]")
+            raise TypeError(
+                f"{name}={x!r} is a {type(x).__name__}: give a tensor [batch, heads, tokens, head dimension]"
+            )
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}: give a floating-point tensor, such as {name}.float()")
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=enable_gqa):
         raise ValueError(problem)
-    for what, found in (("dtype", [x.dtype for x in tensors.values()]), ("device", [x.device for x in tensors.values()])):
+    for what, found in (
+        ("dtype", [x.dtype for x in tensors.values()]),
+        ("device", [x.device for x in tensors.values()]),
+    ):
         if len(set(found)) > 1:
             raise ValueError(
                 f"query, key and value differ in {what}: {', '.join(map(str, found))}: convert them with .to({found[0]})"
             )
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p={dropout_p} is not a probability: give a number from 0 to 1, such as dropout_p=0.0")
+        raise ValueError(
+            f"dropout_p={dropout_p} is not a probability: give a number from 0 to 1, such as dropout_p=0.0"
+        )
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale={scale} is not finite: give a finite number, or None for 1/sqrt(head dimension)")

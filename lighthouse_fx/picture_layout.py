@@ -99,10 +99,12 @@ def edge_node(data: Mapping[str, Any]) -> bool:
 
 
 def rewritten(graph: Graph) -> frozenset[int]:
+    """Indices of the calls that have a Lighthouse node."""
     return frozenset(call_of(data) for _, data in graph.nodes(data=True) if data.get("kind") == "lighthouse") - {-1}
 
 
 def all_calls(graph: Graph) -> frozenset[int]:
+    """Indices of all attention calls."""
     return frozenset(call_of(data) for _, data in graph.nodes(data=True)) - {-1}
 
 
@@ -293,6 +295,7 @@ def skeleton(graph: Graph, slot: Slot) -> Graph:
 
 
 def counted(number: int, what: str) -> str:
+    """Three of "op" are "3 ops"."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -337,7 +340,9 @@ def escape(text: str) -> str:
 
 def width_of(text: str, size: float) -> float:
     """Width in pixels, estimated on the generous side: the reader's font is not known here."""
-    units = sum(0.36 if c in "iljtfr.,:;|[]()'! ·" else 0.9 if c in "mwMW%@—…" or ord(c) > 0x2E80 else 0.62 for c in text)
+    units = sum(
+        0.36 if c in "iljtfr.,:;|[]()'! ·" else 0.9 if c in "mwMW%@—…" or ord(c) > 0x2E80 else 0.62 for c in text
+    )
     return units * size
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html as markup
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ class GraphReport:
 
     def summary(self) -> str:
         """One line for a log."""
-        reasons = dict.fromkeys(f"{call.module or 'a call'}: {call.reason}" for call in self.calls if not call.rewritten)
+        reasons = dict.fromkeys(
+            f"{call.module or 'a call'}: {call.reason}" for call in self.calls if not call.rewritten
+        )
         left = f"; left dense: {'; '.join(reasons)}" if reasons else ""
         return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{left}"
 
@@ -119,9 +122,9 @@ class Report:
         (console or Console()).print(self.table())
 
     def __str__(self) -> str:
-        console = Console(width=160, record=True, file=_Nowhere())
-        console.print(self.table())
-        return console.export_text()
+        text = io.StringIO()
+        Console(width=160, file=text).print(self.table())
+        return text.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: calls and graphs (networkx node-link form)."""
@@ -129,7 +132,10 @@ class Report:
             "rewritten": self.rewritten,
             "calls": [asdict(call) for call in self.calls],
             "graphs": [
-                {name: nx.node_link_data(graph, edges="edges") for name, graph in (("before", g.before), ("after", g.after))}
+                {
+                    name: nx.node_link_data(graph, edges="edges")
+                    for name, graph in (("before", g.before), ("after", g.after))
+                }
                 for g in self.graphs
             ],
         }
@@ -141,7 +147,11 @@ class Report:
             ValueError: for another suffix, or where there is no graph to draw.
         """
         path = Path(path)
-        writers = {".svg": self._svg, ".html": self._html, ".json": lambda: json.dumps(self.to_dict(), indent=1)}
+        writers: dict[str, Callable[[], str]] = {
+            ".svg": self._svg,
+            ".html": self._html,
+            ".json": lambda: json.dumps(self.to_dict(), indent=1),
+        }
         if path.suffix not in writers:
             raise ValueError(f"path={str(path)!r} ends in {path.suffix!r}: use one of {', '.join(writers)}")
         if not self.graphs:
@@ -166,16 +176,6 @@ class Report:
         )
         table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
         return picture.html(pages, table, title=self.title)
-
-
-class _Nowhere:
-    """A file for a console whose output is only recorded."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
 
 
 # --- from a graph -----------------------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> 
         config = replace(config, **overrides)
         overrides = {}
     names = [field.name for field in fields(LighthouseConfig) if field.name in overrides]
-    return _during(Stage(kind="pretraining", config=config, fields=tuple((name, _frozen(overrides[name])) for name in names)))
+    return _during(
+        Stage(kind="pretraining", config=config, fields=tuple((name, _frozen(overrides[name])) for name in names))
+    )
 
 
 def dense() -> Context:

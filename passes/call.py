@@ -1,7 +1,7 @@
 """What the passes know of one attention call, and how they hand it on.
 
 Passes change nothing but the graph; what they learn travels in `gm.meta[CALLS]`, a tuple with one frozen `AttentionCall`
-per attention found, in graph order. `gm.meta[DENSE]`, `[LAYERS]` and `[TRAINING]` are given by the backend before the first pass.
+per attention found, in graph order. `gm.meta[DENSE]`, `[LAYERS]` and `[TRAINING]` come from the backend.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decide for each call whether it can be rewritten exactly. Changes nothing in the graph.
 
-    out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; its AttentionCall now has S, or a Refusal
+out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; its AttentionCall now has S, or a Refusal
 """
 
 from __future__ import annotations

@@ -106,7 +106,9 @@ def _integer(value: Any) -> int:
 
 def _arange(at: Elements, node: fx.Node, region: Region, coordinates: Coordinates) -> Element:
     bounds = [constant(x) for x in node.args] or [constant(node.kwargs.get("end"))]
-    start, step = (bounds[0], bounds[2] if len(bounds) > 2 else 1) if len(bounds) > 1 else (node.kwargs.get("start", 0), 1)
+    start, step = (
+        (bounds[0], bounds[2] if len(bounds) > 2 else 1) if len(bounds) > 1 else (node.kwargs.get("start", 0), 1)
+    )
     step = node.kwargs.get("step", step)
     return as_affine(element(start)) + coordinates[0] * _integer(step)
 
@@ -345,4 +347,3 @@ _HANDLERS: dict[str, Handler] = _CREATORS | {
     "cumsum": _cumsum,
     "diff": _diff,
 }  # fmt: skip
-

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .call import CALLS, AttentionCall, Refusal
+from .call import CALLS, AttentionCall
 from .regions import Region, regions
 
 _SDPA = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
@@ -52,16 +53,13 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
-    where = {"node": node, "region": region, "module": module_path(node), "source": source_line(node)}
+    found = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
     if not is_attention(node):
         name = _function_name(node.target)
-        if name not in _OTHERS:
-            return None
-        reason, remedy = _OTHERS[name]
-        return AttentionCall(**where, refusal=Refusal(reason=reason, remedy=remedy))
-    given = dict(zip(_ARGUMENTS[:_POSITIONAL], node.args, strict=False)) | dict(node.kwargs)
-    return AttentionCall(
-        **where,
+        return found.refuse(*_OTHERS[name]) if name in _OTHERS else None
+    given: dict[str, Any] = dict(zip(_ARGUMENTS[:_POSITIONAL], node.args, strict=False)) | dict(node.kwargs)
+    return replace(
+        found,
         query=given["query"],
         key=given["key"],
         value=given["value"],
@@ -75,7 +73,7 @@ def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
 
 def _function_name(target: Any) -> str:
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
+        return str(target.name())
     return str(getattr(target, "__name__", ""))
 
 

@@ -101,7 +101,9 @@ def _is_write(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_"))
     # operator.iadd and its like write to tensors, too.
-    return in_place or "out" in node.kwargs or (name[:1] == "i" and name[1:] in ("add", "sub", "mul", "and", "or", "xor"))
+    return (
+        in_place or "out" in node.kwargs or (name[:1] == "i" and name[1:] in ("add", "sub", "mul", "and", "or", "xor"))
+    )
 
 
 def _refuse_shared_writes(elements: Elements, written: dict[int, list[fx.Node]]) -> None:
@@ -117,5 +119,4 @@ def _refuse_shared_writes(elements: Elements, written: dict[int, list[fx.Node]])
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
+    return int(tensor.untyped_storage()._cdata)

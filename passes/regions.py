@@ -1,7 +1,7 @@
 """The graph and the subgraphs of higher-order operations inside it, such as activation checkpointing.
 
-    call = tag_activation_checkpoint(wrap_body_0, x, weight)      a Region of its own: wrap_body_0, whose placeholders
-                                                                   stand for x and weight
+call = tag_activation_checkpoint(wrap_body_0, x, weight)      a Region of its own: wrap_body_0, whose placeholders
+                                                               stand for x and weight
 """
 
 from __future__ import annotations
@@ -86,13 +86,16 @@ def _walk(region: Region) -> Iterator[Region]:
 
 
 def _operation_name(target: Any) -> str:
-    return target.name() if isinstance(target, torch._ops.HigherOrderOperator) else getattr(target, "__name__", str(target))
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return str(target.name())
+    return str(getattr(target, "__name__", target))
 
 
 def _subgraphs(gm: fx.GraphModule, argument: Any) -> Iterator[str]:
     """Names of the graph modules among an argument: a get_attr node, or a list of them (as `cond` and `switch` take)."""
     nodes = argument if isinstance(argument, (list, tuple)) else (argument,)
     for node in nodes:
-        if isinstance(node, fx.Node) and node.op == "get_attr" and "." not in str(node.target):
-            if isinstance(getattr(gm, str(node.target), None), fx.GraphModule):
-                yield str(node.target)
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            continue
+        if isinstance(getattr(gm, str(node.target), None), fx.GraphModule):
+            yield str(node.target)

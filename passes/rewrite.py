@@ -15,7 +15,7 @@ After:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from .call import CALLS, AttentionCall, fake
+from .call import CALLS, AttentionCall
 from .check import pyramid_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -49,21 +49,21 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
 def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
-    fakes = {n: fake(n) for n in (q, k, v, node)}
+    fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
     pyramid = pyramid_of(call, config)
     batch, groups = fakes[k].shape[:2]
 
-    def add(target: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, op: str) -> fx.Node:
+    def add(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, op: str) -> fx.Node:
         new = graph.create_node(op, target, args, kwargs)
         new.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
         new.meta |= {"example_value": value, REWRITTEN_FROM: index}
         return new
 
-    def function(target: Callable[..., Any], *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
+    def function(target: Any, *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
         return add(target, args, kwargs, value, "call_function")
 
     def empty(like: fx.Node, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        x = fakes[like]
+        x: torch.Tensor = fakes[like]
         with torch.no_grad():
             return x.new_empty(shape, dtype=dtype or x.dtype)
 
@@ -73,7 +73,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
     with graph.inserting_before(node):
         length = pyramid.length
         if isinstance(length, torch.SymInt):
-            length = add("size", (q, 2), {}, length, "call_method")  # type: ignore[arg-type]
+            length = add("size", (q, 2), {}, length, "call_method")
         index_tensors = (
             empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
             empty(k, batch, groups, pyramid.size, dtype=torch.int32),
@@ -111,6 +111,11 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
 
 def _carried_over(call: AttentionCall) -> dict[str, Any]:
     """The call's own keyword arguments, as it gave them; a mask that proved causal is gone."""
-    kept = {"dropout_p": call.dropout_p, "is_causal": call.is_causal, "scale": call.scale, "enable_gqa": call.enable_gqa}
+    kept = {
+        "dropout_p": call.dropout_p,
+        "is_causal": call.is_causal,
+        "scale": call.scale,
+        "enable_gqa": call.enable_gqa,
+    }
     usual = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     return {name: value for name, value in kept.items() if isinstance(value, fx.Node) or value != usual[name]}

@@ -37,7 +37,9 @@ class Diagonals:
     def __invert__(self) -> Diagonals:
         edges = [-math.inf, *itertools.chain.from_iterable((low - 1, high + 1) for low, high in self.bands), math.inf]
         gaps = zip(edges[::2], edges[1::2], strict=True)
-        return Diagonals(tuple(gap for gap in gaps if gap[0] <= gap[1] and gap != (-math.inf, -math.inf) and gap != (math.inf, math.inf)))
+        return Diagonals(
+            tuple((low, high) for low, high in gaps if low <= high and low < math.inf and high > -math.inf)
+        )
 
     def __or__(self, other: Diagonals) -> Diagonals:
         return ~(~self & ~other)

@@ -206,7 +206,7 @@ def test_folding_without_module_paths():
 
 def test_shared_module_inside_a_block_stays_in_it():
     graph = Model(3).graph
-    for node, data in graph.nodes(data=True):
+    for _, data in graph.nodes(data=True):
         if data["target"] == "mul" and data["shape"] == HEADS:
             data["module"] = "model.rotary_emb"
     blocks = [row for row in picture_layout.rows(graph, graph) if row.block]
