@@ -20,7 +20,13 @@ from torch import fx
 from .call import CALLS, AttentionCall
 from .regions import Region, regions
 
-_SDPA = frozenset({F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default})
+_SDPA = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _POSITIONAL = 6  # scale and enable_gqa are keyword-only
 

@@ -1,0 +1,273 @@
+"""The passes on Dynamo's graph: what is rewritten, into what, and what must be left alone, with its reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import CONFIG, FIELDS, Model, causal, inputs, passes_only
+from torch import nn
+
+import lighthouse_fx
+from lighthouse_fx import LighthouseConfig
+from lighthouse_fx.passes import CALLS, run_passes
+
+B, H, G, N, D = 2, 4, 2, 64, 8
+OPS = torch.ops.lighthouse_fx
+
+
+def traced(function, *args, config=CONFIG, **kwargs):
+    """Dynamo's graphs of a function after the passes."""
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(run_passes(gm, example_inputs, config=config))
+        return gm
+
+    torch.compile(function, backend=backend)(*args, **kwargs)
+    return graphs
+
+
+def only_call(function, *args, config=CONFIG, **kwargs):
+    """What became of the only attention call of a function."""
+    (gm,) = traced(function, *args, config=config, **kwargs)
+    (call,) = gm.meta[CALLS]
+    return gm, call
+
+
+def heads(count=H, tokens=N, size=D, grad=True, dtype=torch.float32):
+    return torch.randn(B, count, tokens, size, dtype=dtype, requires_grad=grad)
+
+
+def targets(gm):
+    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
+
+
+def assert_refused(function, *args, because, config=CONFIG, **kwargs):
+    before = function(*args, **kwargs)
+    gm, call = only_call(function, *args, config=config, **kwargs)
+    assert call.refusal is not None
+    assert because in call.refusal.reason
+    assert not any("lighthouse_fx" in str(target) for target in targets(gm) if target not in (OPS.gather.default,))
+    torch.testing.assert_close(function(*args, **kwargs), before, rtol=0, atol=0)
+    return call.refusal
+
+
+def test_call_becomes_select_three_gathers_itself_and_scatter():
+    gm, call = only_call(lambda q, k, v: causal(q, k, v) + 1, heads(), heads(G), heads(G))
+    assert call.refusal is None
+    found = [target for target in targets(gm) if "getitem" not in str(target)]
+    sdpa = F.scaled_dot_product_attention
+    assert found[:6] == [OPS.select.default, *[OPS.gather.default] * 3, sdpa, OPS.scatter.default]
+    assert len(found) == 7  # and the addition
+
+
+@pytest.mark.parametrize("spelling", range(6))
+def test_every_spelling_of_the_arguments(spelling):
+    q, k, v = heads(), heads(), heads()
+    sdpa = F.scaled_dot_product_attention
+    calls = [
+        lambda q, k, v: sdpa(q, k, v, None, 0.0, True),
+        lambda q, k, v: sdpa(query=q, key=k, value=v, is_causal=True),
+        lambda q, k, v: sdpa(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=True, scale=0.3),
+        lambda q, k, v: sdpa(q, value=v, key=k, is_causal=True, enable_gqa=True),
+        lambda q, k, v: torch.ops.aten.scaled_dot_product_attention(q, k, v, None, 0.0, True, scale=0.3),
+        lambda q, k, v: torch._C._nn.scaled_dot_product_attention(q, k, v, None, 0.0, True),
+    ]
+    (gm,) = traced(calls[spelling], q, k, v)
+    (call,) = gm.meta[CALLS]
+    assert call.refusal is None
+    assert call.is_causal is True
+    scale = 0.3 if spelling in (2, 4) else None
+    expected = lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, scale=scale, config=CONFIG)
+    inputs = dict(zip("qkv", (q, k, v), strict=True))
+    order = [inputs[name] for node in gm.graph.find_nodes(op="placeholder") for name in "qkv" if f"_{name}_" in node.name]
+    (found,) = gm(*order)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_everything_else_about_the_call_carries_over():
+    gm, _ = only_call(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.25, scale=0.5, enable_gqa=True, is_causal=True),
+        heads(), heads(G), heads(G),
+    )  # fmt: skip
+    (inner,) = [node for node in gm.graph.nodes if node.target is F.scaled_dot_product_attention]
+    assert dict(inner.kwargs) == {"dropout_p": 0.25, "scale": 0.5, "enable_gqa": True, "is_causal": True}
+
+
+def test_bidirectional_call_is_rewritten():
+    q, k, v = heads(), heads(), heads()
+    gm, call = only_call(F.scaled_dot_product_attention, q, k, v)
+    assert call.refusal is None and call.is_causal is False
+    expected = lighthouse_fx.lighthouse_attention(q, k, v, config=CONFIG)
+    torch.testing.assert_close(gm(q, k, v)[0], expected, rtol=0, atol=0)
+
+
+# --- what must not be rewritten ---------------------------------------------------------------------------------------
+
+
+def test_explicit_mask_is_left():
+    mask = torch.rand(N, N) > 0.5
+    refusal = assert_refused(
+        lambda q, m: F.scaled_dot_product_attention(q, q, q, attn_mask=m), heads(), mask, because="explicit attn_mask"
+    )
+    assert "is_causal=True" in refusal.remedy
+
+
+def test_other_lengths_are_left():
+    assert_refused(F.scaled_dot_product_attention, heads(), heads(tokens=32), heads(tokens=32), because="lengths differ")
+
+
+def test_call_that_needs_no_gradient_is_left():
+    frozen = heads(grad=False)
+    assert_refused(F.scaled_dot_product_attention, frozen, frozen, frozen, because="needs no gradient")
+
+
+def test_call_under_no_grad_inside_the_graph_is_left():
+    def function(q):
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    assert_refused(function, heads(), because="needs no gradient")
+
+
+def test_detached_arguments_are_left():
+    assert_refused(
+        lambda q: F.scaled_dot_product_attention(q.detach(), q.detach(), q.detach()), heads(), because="needs no gradient"
+    )
+
+
+def test_one_argument_with_gradient_is_enough():
+    _, call = only_call(F.scaled_dot_product_attention, heads(grad=False), heads(grad=False), heads())
+    assert call.refusal is None
+
+
+def test_short_sequence_is_left():
+    q = heads(tokens=9)
+    refusal = assert_refused(F.scaled_dot_product_attention, q, q, q, because="not worth it")
+    assert "topk" in refusal.remedy
+
+
+def test_sequence_shorter_than_a_coarsest_window_is_left():
+    q = heads(tokens=3)
+    refusal = assert_refused(F.scaled_dot_product_attention, q, q, q, because="fewer than one coarsest window of 4")
+    assert "levels" in refusal.remedy
+
+
+@pytest.mark.parametrize("share, rewritten", [(0.2, False), (1.0, True)])
+def test_max_kept_decides(share, rewritten):
+    q = heads()
+    config = LighthouseConfig(**FIELDS, max_kept=share)
+    _, call = only_call(F.scaled_dot_product_attention, q, q, q, config=config)
+    assert (call.refusal is None) == rewritten
+
+
+def test_three_dimensions_are_left():
+    q = torch.randn(H, N, D, requires_grad=True)
+    assert_refused(F.scaled_dot_product_attention, q, q, q, because="not 4 dimensions")
+
+
+def test_broadcast_batch_is_left():
+    q, k = heads(), torch.randn(1, H, N, D, requires_grad=True)
+    assert_refused(F.scaled_dot_product_attention, q, k, k, because="batch sizes differ")
+
+
+def test_other_value_head_dimension_is_rewritten():
+    q, v = heads(), heads(size=5)
+    gm, call = only_call(F.scaled_dot_product_attention, q, q, v)
+    assert call.refusal is None
+    expected = lighthouse_fx.lighthouse_attention(q, q, v, config=CONFIG)
+    torch.testing.assert_close(gm(q, v)[0], expected, rtol=0, atol=0)
+
+
+def test_functional_form_is_not_rewritten_twice():
+    q = heads()
+    (gm,) = traced(lambda q: lighthouse_fx.lighthouse_attention(q, q, q, is_causal=True, config=CONFIG), q)
+    (call,) = gm.meta[CALLS]
+    assert "already Lighthouse" in call.refusal.reason
+    assert targets(gm).count(OPS.select.default) == 1
+
+
+def test_inside_vmap_is_left():
+    q = torch.randn(3, B, H, N, D, requires_grad=True)
+    for gm in traced(torch.vmap(lambda q: F.scaled_dot_product_attention(q, q, q)), q):
+        for call in gm.meta[CALLS]:
+            assert call.refusal is not None and "torch.func" in call.refusal.reason
+
+
+def test_inside_a_custom_autograd_function_is_left():
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q):
+            ctx.save_for_backward(q)
+            return F.scaled_dot_product_attention(q, q, q)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    for gm in traced(lambda q: Function.apply(q) * 2, heads()):
+        for call in gm.meta[CALLS]:
+            assert call.refusal is not None
+
+
+def test_multi_head_attention_module_is_named_in_the_report():
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    (gm,) = traced(lambda x: module(x, x, x, need_weights=False)[0], inputs())
+    assert [("nn.MultiheadAttention" in call.refusal.reason) for call in gm.meta[CALLS]] == [True]
+
+
+def test_node_metadata_is_carried_over():
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(run_passes(gm, example_inputs, config=CONFIG))
+        return gm
+
+    torch.compile(Model(1), backend=backend)(inputs())
+    for node in graphs[0].graph.nodes:
+        if "lighthouse_fx" in str(node.target):
+            assert "attn" in str(node.meta["nn_module_stack"])
+            assert "example_value" in node.meta
+
+
+# --- dense layers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dense, rewritten",
+    [
+        ((), [0, 1, 2, 3]),
+        ((0,), [1, 2, 3]),
+        ((0, -1), [1, 2]),
+        ((-2,), [0, 1, 3]),
+        (("layers.2",), [0, 1, 3]),
+        (("*.attn",), []),
+        (("layers.[01]", 3), [2]),
+        ((17,), [0, 1, 2, 3]),
+    ],
+)
+def test_dense_layers(dense, rewritten):
+    torch.compile(Model(4), backend=passes_only, options={**FIELDS, "dense_layers": dense})(inputs())
+    calls = lighthouse_fx.reports()[-1].calls
+    assert [number for number, call in enumerate(calls) if call.rewritten] == rewritten
+    assert all("dense_layers" in call.reason for call in calls if not call.rewritten)
+
+
+def test_negative_layer_numbers_count_from_the_models_end_across_graph_breaks():
+    class Broken(Model):
+        def forward(self, x):
+            x = self.layers[1](self.layers[0](x))
+            torch._dynamo.graph_break()
+            return self.layers[3](self.layers[2](x))
+
+    before = len(lighthouse_fx.reports())
+    torch.compile(Broken(4), backend=passes_only, options={**FIELDS, "dense_layers": (-1,)})(inputs())
+    calls = [call for report in lighthouse_fx.reports()[before:] for call in report.calls]
+    assert [call.rewritten for call in calls] == [True, True, True, False]
+
+
+def test_layer_number_that_no_graph_shows_keeps_the_call_dense():
+    block = Model(1).layers[0]
+    torch.compile(block, backend=passes_only, options={**FIELDS, "dense_layers": (0,)})(inputs())
+    (call,) = lighthouse_fx.reports()[-1].calls
+    assert not call.rewritten
+    assert "lighthouse_fx.compile" in call.remedy
