@@ -48,8 +48,8 @@ def lighthouse(
     if mode is not None:
         patches |= dynamo.list_mode_options(mode)
     report, rewritten = rewrite(gm, example_inputs, config)
-    journal.add(report)
     compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
+    journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     return _running(compiled, report)
 
 

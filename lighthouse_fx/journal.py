@@ -1,6 +1,6 @@
 """What this process compiled and ran so far: the records behind `reports()` and behind `strict=True`.
 
-Records are made when a graph is compiled, before any cache is asked, so that a warm cache loses nothing. Runs are counted
+Records are made from the graph before any cache is asked, so that a warm cache loses nothing. Runs are counted
 because only that tells whether rewritten graphs really took part in a step.
 """
 

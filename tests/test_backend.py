@@ -1,0 +1,189 @@
+"""The whole way through Inductor: `torch.compile(model, backend="lighthouse")`."""
+
+import copy
+
+import pytest
+import torch
+from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, gradients, inputs, passes_only, twin
+
+import lighthouse_fx
+
+STRICT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def compiled(model, **arguments):
+    options = {**FIELDS, **arguments.pop("options", {})}
+    return torch.compile(model, backend="lighthouse", options=options, **arguments)
+
+
+def last():
+    return lighthouse_fx.reports()[-1]
+
+
+def test_backend_is_known_without_an_import():
+    assert "lighthouse" in torch._dynamo.list_backends()
+
+
+def test_training_equals_the_functional_form_in_float64():
+    model = Model(2).double()
+    assert_same_gradients(
+        compiled(model, fullgraph=True), twin(model, functional()), inputs(dtype=torch.float64), **STRICT
+    )
+    assert last().rewritten == 2
+
+
+def test_same_loss_curve_as_the_functional_form():
+    model = Model(2).double()
+    oracle = twin(model, functional())
+    batches = [inputs(dtype=torch.float64) for _ in range(4)]
+
+    def train(run, parameters):
+        optimiser = torch.optim.AdamW(parameters, lr=1e-2)
+        losses = []
+        for x in batches:
+            loss = run(x).square().mean()
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    found, expected = train(compiled(model), model.parameters()), train(oracle, oracle.parameters())
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found[-1] < found[0]
+
+
+def test_without_gradients_it_is_the_same_as_inductor():
+    model, x = Model(1), inputs()
+    ours, inductor = compiled(model), torch.compile(copy.deepcopy(model), backend="inductor")
+    with torch.no_grad():
+        assert torch.equal(ours(x), inductor(x))
+    assert last().rewritten == 0 and "no_grad" in last().calls[0].reason
+    with torch.inference_mode():
+        assert torch.equal(ours(x), inductor(x))
+    assert last().rewritten == 0
+    model.eval()
+    assert torch.equal(ours(x), inductor(x))
+    assert last().rewritten == 0 and "eval" in last().calls[0].reason
+
+
+def test_eager_model_is_untouched():
+    model, x = Model(2), inputs()
+    before, code = model(x), type(model).forward.__code__
+    state = copy.deepcopy(model.state_dict())
+    compiled(model)(x).sum().backward()
+    model.zero_grad()
+    assert torch.equal(model(x), before)
+    assert type(model).forward.__code__ is code
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_dynamic_length_is_one_graph():
+    model = Model(1).double()
+    ours, oracle = compiled(model, dynamic=True, fullgraph=True), twin(model, functional())
+    before = len(lighthouse_fx.reports())
+    for tokens in (64, 81, 119, 200):
+        assert_same_gradients(ours, oracle, inputs(tokens=tokens, dtype=torch.float64), **STRICT)
+    assert len(lighthouse_fx.reports()) == before + 1
+    (call,) = last().calls
+    assert call.rewritten and isinstance(call.length, str)
+
+
+def test_modes():
+    model, x = Model(1), inputs()
+    for mode in ("default", "max-autotune-no-cudagraphs"):
+        torch._dynamo.reset()
+        with lighthouse_fx.pretraining(CONFIG):
+            torch.compile(model, backend="lighthouse", mode=mode)(x).sum().backward()
+        assert last().rewritten == 1
+
+
+def test_options_of_inductor_are_passed_on():
+    seen = []
+    x = inputs()
+    compiled(Model(1), options={"post_grad_custom_post_pass": seen.append, "fallback_random": True})(x)
+    assert seen
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"topkk": 3}, ["topkk=3", "did you mean", "topk", "levels", "pooling", "list_options"]),
+        ({"levels": 0}, ["levels=0", "at least 1"]),
+        ({"scorer": "best"}, ["scorer='best'", "'norm'", "'dilated'"]),
+        ({"quota": 7}, ["quota=7", "topk=8"]),
+    ],
+)
+def test_bad_options(options, says):
+    with pytest.raises(Exception) as error:
+        compiled(Model(1), options=options)(inputs())
+    assert all(words in str(error.value) for words in says)
+
+
+def test_unknown_mode():
+    with pytest.raises(Exception, match="fastest"):
+        torch.compile(Model(1), backend="lighthouse", mode="fastest")(inputs())
+
+
+def test_module_in_eval_inside_a_training_model_stays_dense():
+    model = Model(2)
+    model.layers[0].eval()
+    torch.compile(model, backend=passes_only, options=FIELDS)(inputs())
+    assert [call.rewritten for call in last().calls] == [False, True]
+    model.layers[0].train()
+    torch.compile(model, backend=passes_only, options=FIELDS)(inputs())
+
+
+def test_toggling_eval_reuses_graphs():
+    model, x = Model(1), inputs()
+    run = torch.compile(model, backend=passes_only, options=FIELDS)
+    before = len(lighthouse_fx.reports())
+    for _ in range(3):
+        model.train()
+        run(x)
+        model.eval()
+        run(x)
+    assert len(lighthouse_fx.reports()) == before + 2
+
+
+def test_function_without_modules():
+    def loss(q):
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum()
+
+    q = torch.randn(1, 2, 64, 8, requires_grad=True)
+    torch.compile(loss, backend=passes_only, options=FIELDS)(q)
+    assert last().rewritten == 1
+
+
+def test_frozen_parameters_still_rewrite_where_something_trains():
+    model = Model(2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    torch.compile(model, backend=passes_only, options=FIELDS)(inputs())
+    assert [call.rewritten for call in last().calls] == [False, True]
+    assert "needs no gradient" in last().calls[0].reason
+
+
+def test_autocast():
+    model, x = Model(1), inputs()
+
+    def step(run):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return gradients(run, x)
+
+    loss, found = step(compiled(model, fullgraph=True))
+    expected_loss, expected = step(twin(model, functional()))
+    torch.testing.assert_close(loss, expected_loss, rtol=2e-2, atol=1e-3)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0.1, atol=2e-3)
+
+
+def test_dropout_goes_to_the_inner_attention():
+    def drop(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0, is_causal=True, enable_gqa=True)
+
+    model = Model(1, drop)
+    out = torch.compile(model, backend=passes_only, options=FIELDS)(x := inputs())
+    assert last().rewritten == 1
+    torch.testing.assert_close(out, x + model.layers[0].attn.out.bias)

@@ -1,0 +1,62 @@
+"""The example runs as users run it: from the checkout, in a process of its own."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
+TINY = (
+    "--seq-len=256 --topk=8 --pooling=2 --width=32 --heads=2 --kv-heads=1 --layers=3 --steps=6 --lighthouse-steps=4 "
+    "--warmup=2 --validation-windows=2 --validate-every=3 --device=cpu"
+)
+
+
+def pretrain(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_pretrain(tmp_path: Path) -> None:
+    done = pretrain(*TINY.split(), f"--out={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for said in ("1 of 3 attention calls rewritten", "validation loss, dense attention", "Loss: the", "Time: the"):
+        assert said in done.stdout
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    lighthouse, dense = result["runs"]
+    assert [stage["attention"] for stage in lighthouse["stages"]] == ["lighthouse", "dense"]
+    assert [stage["attention"] for stage in dense["stages"]] == ["dense", "dense"]
+    for run in (lighthouse, dense):
+        assert [stage["steps"] for stage in run["stages"]] == [4, 2]
+        assert set(run["validation_loss"]) == {"3", "4", "6"}
+        losses = [loss for stage in run["stages"] for loss in stage["training_loss"]]
+        assert all(map(math.isfinite, [*losses, *run["validation_loss"].values()]))
+    # Same weights and tokens, but other attention: the first losses are close and not equal.
+    first = [run["stages"][0]["training_loss"][0] for run in (lighthouse, dense)]
+    assert first[0] != first[1] and abs(first[0] - first[1]) < 0.1
+    assert len(result["checks"]) == 3 and all(check["passed"] for check in result["checks"])
+    assert [call["rewritten"] for call in result["attention_calls"]] == [False, True, False]
+
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "graph.svg").read_text() and "<svg" in (tmp_path / "graph.html").read_text()
+    assert json.loads((tmp_path / "graph.json").read_text())["rewritten"] == 1
+
+
+@pytest.mark.slow
+def test_pretrain_with_checkpointing_and_without_the_dense_run(tmp_path: Path) -> None:
+    flags = [*TINY.split(), "--checkpoint", "--no-dense", "--dtype=bf16", f"--out={tmp_path}"]
+    done = pretrain(*flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = json.loads((tmp_path / "result.json").read_text())["runs"]
+    assert all(math.isfinite(loss) for loss in run["validation_loss"].values())
+
+
+@pytest.mark.slow
+def test_pretrain_refuses_a_stage_longer_than_the_run(tmp_path: Path) -> None:
+    done = pretrain("--steps=5", "--lighthouse-steps=6", f"--out={tmp_path}")
+    assert done.returncode == 2
+    assert "--lighthouse-steps 6: give 1 to --steps, which is 5" in done.stderr

@@ -1,0 +1,181 @@
+"""`explain`, reports, and what they can be saved as."""
+
+import json
+import logging
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import networkx as nx
+import pytest
+import torch
+from small_models import CONFIG, FIELDS, Model, inputs, passes_only
+
+import lighthouse_fx
+
+
+@pytest.fixture
+def report():
+    return lighthouse_fx.explain(Model(3), inputs(), config=CONFIG)
+
+
+def test_records(report):
+    assert len(report.calls) == report.rewritten == 3
+    call = report.calls[1]
+    assert call.module == "layers.1.attn"
+    assert Path(call.source.rpartition(":")[0]).name == "small_models.py"
+    assert call.query == (2, 4, 64, 8) and call.key == call.value == (2, 2, 64, 8)
+    assert (call.dtype, call.is_causal, call.length, call.gathered) == ("float32", True, 64, 48)
+    assert call.flops_share == pytest.approx((48 / 64) ** 2)
+
+
+def test_nothing_is_computed_or_changed():
+    model, x = Model(2), inputs()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    random = torch.get_rng_state()
+    out = []
+    lighthouse_fx.explain(lambda x: out.append(model(x)), x, config=CONFIG)
+    assert torch.equal(out[0], torch.zeros_like(x))  # a placeholder: no parameter was used
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.isnan().all() and p.grad is None for p in model.parameters())
+
+
+def test_explaining_leaves_no_trace_in_later_compilation():
+    model, x = Model(1), inputs()
+    kept = len(lighthouse_fx.reports())
+    for _ in range(12):  # more than Dynamo's recompile limit
+        assert lighthouse_fx.explain(model, x, config=CONFIG).rewritten == 1
+    assert len(lighthouse_fx.reports()) == kept
+    torch.compile(model, backend=passes_only, options=FIELDS)(x)
+    assert len(lighthouse_fx.reports()) == kept + 1
+
+
+def test_a_compiled_model_can_be_explained():
+    model = torch.compile(Model(2), backend=passes_only, options=FIELDS)
+    report = lighthouse_fx.explain(model, inputs(), config=CONFIG)
+    assert [call.module for call in report.calls] == ["layers.0.attn", "layers.1.attn"]
+
+
+def test_reasons_follow_the_state_of_the_model():
+    model, x = Model(1), inputs()
+    with torch.no_grad():
+        assert "no_grad" in lighthouse_fx.explain(model, x, config=CONFIG).calls[0].reason
+    with lighthouse_fx.dense():
+        assert "dense stage" in lighthouse_fx.explain(model, x, config=CONFIG).calls[0].reason
+    assert "eval" in lighthouse_fx.explain(model.eval(), x, config=CONFIG).calls[0].reason
+
+
+def test_graph_breaks_make_several_graphs():
+    def function(model, x):
+        x = model(x)
+        torch._dynamo.graph_break()
+        return model(x).sum()
+
+    report = lighthouse_fx.explain(function, Model(1), inputs(), config=CONFIG)
+    assert len(report.graphs) == 2 and report.rewritten == 2
+
+
+def test_meta_model_is_enough():
+    with torch.device("meta"):
+        model, x = Model(2), torch.empty(1, 131072, 32)
+    report = lighthouse_fx.explain(model, x)
+    assert [call.gathered for call in report.calls] == [131072 // 16 + 2 * 4 * 1536] * 2
+
+
+def test_graphs_before_and_after(report):
+    (graph,) = report.graphs
+    for side in (graph.before, graph.after):
+        assert isinstance(side, nx.DiGraph) and nx.is_directed_acyclic_graph(side)
+        attributes = {"op", "target", "module", "shape", "kind", "order", "call"}
+        assert all(attributes <= data.keys() for _, data in side.nodes(data=True))
+
+    def count(side, target):
+        return sum(data["target"] == target for _, data in side.nodes(data=True))
+
+    assert count(graph.before, "scaled_dot_product_attention") == count(graph.after, "scaled_dot_product_attention") == 3
+    assert [count(graph.after, f"lighthouse_fx.{name}") for name in ("select", "gather", "scatter")] == [3, 9, 3]
+    assert not any(data["kind"] == "lighthouse" for _, data in graph.before.nodes(data=True))
+    (scatter,) = [n for n, d in graph.after.nodes(data=True) if d["target"] == "lighthouse_fx.scatter" and d["call"] == 1]
+    assert any(nx.has_path(graph.after, n, scatter) for n, d in graph.after.nodes(data=True) if d["kind"] == "input")
+
+
+def test_checkpointed_graphs_are_joined():
+    report = lighthouse_fx.explain(Model(2, checkpointing="inside"), inputs(), config=CONFIG)
+    assert report.rewritten == 2
+    after = report.graphs[0].after
+    scatters = [n for n, d in after.nodes(data=True) if d["target"] == "lighthouse_fx.scatter"]
+    assert len(scatters) == 2
+    assert all(any(nx.has_path(after, n, s) for n, d in after.nodes(data=True) if d["kind"] == "input") for s in scatters)
+
+
+def test_table(report):
+    text = str(report)
+    for words in ("layers.1.attn", "small_models.py", "3 of 3", "48", "56.2%", "yes"):
+        assert words in text
+
+
+def test_table_shows_reasons_and_remedies():
+    text = str(lighthouse_fx.explain(Model(1), inputs(tokens=9), config=CONFIG))
+    text = " ".join(text.replace("│", " ").split())
+    assert "worth" in text and "topk" in text
+
+
+def test_files(report, tmp_path):
+    svg = report.save(tmp_path / "deep" / "graph.svg")
+    ET.parse(svg)
+    page = report.save(tmp_path / "graph.html").read_text()
+    assert "layers.1.attn" in page and "<svg" in page and "http-equiv" not in page
+    data = json.loads(report.save(tmp_path / "graph.json").read_text())
+    assert data["rewritten"] == 3 and data["calls"][0]["gathered"] == 48
+    assert nx.node_link_graph(data["graphs"][0]["after"], edges="edges").number_of_nodes() > 10
+
+
+def test_bad_suffix(report, tmp_path):
+    with pytest.raises(ValueError, match=r"\.png.*\.svg, \.html, \.json"):
+        report.save(tmp_path / "graph.png")
+
+
+def test_nothing_traced_has_nothing_to_save(tmp_path):
+    with pytest.raises(ValueError, match="no graph"):
+        lighthouse_fx.Report(graphs=()).save(tmp_path / "x.svg")
+
+
+def test_one_log_line_per_graph(caplog):
+    with caplog.at_level(logging.INFO, logger="lighthouse_fx"):
+        torch.compile(Model(2), backend=passes_only, options={**FIELDS, "dense_layers": (0,)})(inputs())
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "lighthouse_fx"]
+    assert line.startswith("1 of 2 attention calls rewritten") and "layers.0.attn: layer excluded" in line
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from small_models import *
+torch.compile(Model(1), backend="lighthouse", options=FIELDS)(inputs()).sum().backward()
+import lighthouse_fx
+print(lighthouse_fx.reports()[-1].summary())
+"""
+
+
+def test_logs_artifacts_and_reports_with_a_warm_cache(tmp_path):
+    """TORCH_LOGS shows the line, TORCH_TRACE has both graphs, and a warm cache changes neither nor the report."""
+    import os
+
+    for run in range(2):
+        trace = tmp_path / f"trace{run}"
+        environment = {
+            **os.environ,
+            "TORCH_LOGS": "+lighthouse_fx",
+            "TORCH_TRACE": str(trace),
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        script = SCRIPT.format(tests=str(Path(__file__).parent))
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+        assert "1 of 1 attention calls rewritten" in done.stdout
+        assert "1 of 1 attention calls rewritten" in done.stderr
+        text = "".join(path.read_text() for path in trace.iterdir())
+        assert "lighthouse_before_passes" in text and "lighthouse_after_passes" in text
+        assert "lighthouse_fx.scatter" in text

@@ -1,0 +1,231 @@
+"""What holds for every input: valid selections, no holes, causality, determinism, shapes."""
+
+import brute_force
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_select import assert_same, assert_valid
+
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.kernels import REVISION, Pyramid, reference
+
+OPS = torch.ops.lighthouse_fx
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=60, database=None)
+
+
+@st.composite
+def pyramids(draw, longest=150):
+    """Any pyramid: budgets beyond the windows there are, lengths below a coarsest window, tiles without windows."""
+    quota, tiles = draw(st.integers(1, 7)), draw(st.integers(1, 9))
+    return dict(
+        length=draw(st.integers(1, longest)),
+        levels=draw(st.integers(1, 5)),
+        pooling=draw(st.integers(2, 9)),
+        topk=quota * tiles,
+        quota=draw(st.sampled_from([quota, None])),
+        keep_first=draw(st.booleans()),
+    )
+
+
+SCORES = st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0, 7.0, 3e38, float("inf"), float("-inf"), float("nan")])
+
+
+def inputs(pyramid, heads=2, groups=1, size=3, dtype=torch.float32, batch=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, count, pyramid["length"], size, generator=generator).to(dtype).requires_grad_()
+        for count in (heads, groups, groups)
+    ]
+
+
+def select(q, k, v, pyramid):
+    names = ("levels", "pooling", "topk")
+    rest = pyramid["quota"] or 0, pyramid["keep_first"], "norm", 1, True, None
+    return OPS.select(q, k, v, *(pyramid[name] for name in names), *rest)
+
+
+def with_selection(q, k, v, entries, slots, pyramid, is_causal=True):
+    """Everything but the selection."""
+    levels, pooling = pyramid["levels"], pyramid["pooling"]
+    pooled = [OPS.gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*pooled, is_causal=is_causal, enable_gqa=True)
+    return OPS.scatter(out, entries, slots, pyramid["length"], levels, pooling, is_causal, REVISION)
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(pyramids(), st.data())
+def test_selection_is_the_brute_force_for_any_scores(pyramid, data):
+    length = pyramid["length"]
+    s_q, s_k = (data.draw(st.lists(SCORES, min_size=length, max_size=length)) for _ in range(2))
+    found = reference.select_windows(torch.tensor([[s_q]]), torch.tensor([[s_k]]), Pyramid(**pyramid))
+    selections = [[brute_force.select(s_q, s_k, **pyramid)]]
+    assert_valid(*found, **pyramid)
+    assert_same(found, selections, length, pyramid["levels"], pyramid["pooling"])
+
+
+@PROPERTY
+@given(pyramids(longest=2000), st.integers(0, 5))
+def test_length_is_static(pyramid, seed):
+    """S follows from the configuration alone: it is the same for all scores, rows and heads."""
+    expected = Pyramid(**pyramid).gathered
+    assert expected == brute_force.gathered_length(
+        *(pyramid[name] for name in ("length", "levels", "pooling", "topk", "quota"))
+    )
+    q, k, v = inputs(pyramid, 4, 2, batch=2, seed=seed)
+    entries, slots = select(q, k, v, pyramid)
+    assert entries.shape == (2, 2, expected)
+    assert slots.shape == (2, 2, sum(brute_force.level_sizes(*list(pyramid.values())[:3])))
+
+
+@PROPERTY
+@given(pyramids(), st.booleans(), st.integers(0, 5))
+def test_no_holes(pyramid, is_causal, seed):
+    """Every token has a contribution, and never two from one level."""
+    pyramid = pyramid | dict(keep_first=True)
+    entries, slots = select(*inputs(pyramid, seed=seed), pyramid)
+    length, levels, pooling = pyramid["length"], pyramid["levels"], pyramid["pooling"]
+    counts = [[0] * levels for _ in range(length)]
+    for level, index in brute_force.from_tensor(entries, length, levels, pooling)[0][0]:
+        for token in brute_force.reached((level, index), length, pooling, is_causal):
+            counts[token][level] += 1
+    assert all(sum(count) >= 1 and max(count) <= 1 for count in counts) or not is_causal
+    ones = torch.ones(1, 1, entries.shape[2], 1)
+    contributions = OPS.scatter(ones, entries, slots, length, levels, pooling, is_causal, REVISION)
+    assert contributions.flatten().tolist() == [sum(count) for count in counts]
+    assert contributions.min() >= 1
+
+
+# --- causality --------------------------------------------------------------------------------------------------------
+
+
+@settings(PROPERTY, max_examples=40)
+@given(pyramids(longest=60), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.data())
+def test_later_tokens_change_nothing(pyramid, dtype, data):
+    """The selection held fixed, changing token j changes no output before j, not by a bit."""
+    q, k, v = (x.detach() for x in inputs(pyramid, dtype=dtype))
+    entries, slots = select(q, k, v, pyramid)
+    before = with_selection(q, k, v, entries, slots, pyramid)
+    j = data.draw(st.integers(0, pyramid["length"] - 1))
+    for changed in range(3):
+        other = [x.clone() for x in (q, k, v)]
+        other[changed][:, :, j] += 3
+        after = with_selection(*other, entries, slots, pyramid)
+        assert torch.equal(after[:, :, :j], before[:, :, :j])
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(length=23, levels=3, pooling=2, topk=4, quota=2),
+        dict(length=26, levels=3, pooling=3, topk=1, quota=None),
+        dict(length=21, levels=2, pooling=5, topk=2, quota=1),
+        dict(length=19, levels=4, pooling=2, topk=2, quota=None),
+    ],
+    ids=str,
+)
+def test_no_gradient_from_later_tokens(fields, keep_first):
+    """Every output token in turn: its gradient is exactly zero at every later token, and not zero at its own."""
+    pyramid = fields | dict(keep_first=keep_first)
+    tensors = inputs(pyramid, dtype=torch.float64)
+    entries, slots = select(*tensors, pyramid)
+    out = with_selection(*tensors, entries, slots, pyramid)
+    for token in range(pyramid["length"]):
+        grads = torch.autograd.grad(out[:, :, token].square().sum(), tensors, retain_graph=True)
+        for grad in grads:
+            assert grad[:, :, token + 1 :].count_nonzero() == 0
+        if keep_first:
+            assert grads[2].count_nonzero() > 0
+
+
+def test_bidirectional_tokens_see_the_whole_sequence():
+    pyramid = dict(length=24, levels=3, pooling=2, topk=2, quota=None, keep_first=True)
+    tensors = inputs(pyramid, dtype=torch.float64)
+    entries, slots = select(*tensors, pyramid)
+    out = with_selection(*tensors, entries, slots, pyramid, is_causal=False)
+    for token in range(24):
+        (grad,) = torch.autograd.grad(out[:, :, token].sum(), tensors[2], retain_graph=True)
+        assert (grad != 0).all()
+
+
+# --- determinism ------------------------------------------------------------------------------------------------------
+
+
+@settings(PROPERTY, max_examples=25)
+@given(
+    pyramids(longest=100),
+    st.booleans(),
+    st.sampled_from(["norm", "dilated"]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_bitwise_the_same_twice(pyramid, is_causal, scorer, dtype):
+    fields = {name: value for name, value in pyramid.items() if name != "length"}
+    config = LighthouseConfig(scorer=scorer, dilation=3, **fields)
+
+    def run():
+        tensors = inputs(pyramid, 4, 2, dtype=dtype, batch=2)
+        out = lighthouse_attention(*tensors, is_causal=is_causal, enable_gqa=True, config=config)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(x.isfinite().all() for x in first)
+    assert [x.shape for x in first[1:]] == [x.shape for x in inputs(pyramid, 4, 2, batch=2)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_deterministic_mode_accepts_everything(threads):
+    """`torch.use_deterministic_algorithms(True)` raises at any operation that is not deterministic: none is."""
+    pyramid = dict(length=700, levels=3, pooling=4, topk=32, quota=8, keep_first=True)
+    config = LighthouseConfig(levels=3, pooling=4, topk=32, quota=8)
+    before = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for _ in range(2):
+            tensors = inputs(pyramid, 4, 2, size=8)
+            out = lighthouse_attention(*tensors, is_causal=True, enable_gqa=True, config=config)
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@settings(PROPERTY, max_examples=40)
+@given(pyramids(longest=80), st.data())
+def test_bad_numbers_leave_a_valid_selection(pyramid, data):
+    q, k, v = (x.detach() for x in inputs(pyramid, 4, 2))
+    for x in (q, k):
+        for _ in range(data.draw(st.integers(0, 4))):
+            token = data.draw(st.integers(0, pyramid["length"] - 1))
+            x[:, data.draw(st.integers(0, x.shape[1] - 1)), token, 0] = data.draw(
+                st.sampled_from([float("nan"), float("inf"), float("-inf"), 3e38])
+            )
+    assert_valid(*select(q, k, v, pyramid), **pyramid)
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_do_not_stop_a_call(bad, scorer):
+    """Forward and backward run through; with NaN in one row of the batch, the other row is what it was."""
+    config = LighthouseConfig(levels=3, pooling=2, topk=4, quota=2, scorer=scorer, dilation=4)
+    pyramid = dict(length=37)
+    clean, spoiled = (inputs(pyramid, 4, 2, batch=2, dtype=torch.float64) for _ in range(2))
+    for x in spoiled:
+        x.data[0, :, 5] = bad
+    results = []
+    for tensors in (clean, spoiled):
+        out = lighthouse_attention(*tensors, is_causal=True, enable_gqa=True, config=config)
+        results.append([out, *torch.autograd.grad(out.sum(), tensors)])
+    for good, other in zip(*results, strict=True):
+        assert torch.equal(good[1], other[1])
