@@ -135,3 +135,20 @@ import lighthouse_fx, lighthouse_fx.backend, lighthouse_fx.kernels, lighthouse_f
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_folder_of_kernels_is_harmless_under_its_own_name():
+    # transformers asks `kernels`, a library of Hugging Face's, for its version; in a checkout's root that is our folder.
+    script = """
+import torch, lighthouse_fx, lighthouse_fx.kernels
+before = torch.ops.lighthouse_fx.select.default
+import kernels
+assert not hasattr(kernels, "select")
+assert torch.ops.lighthouse_fx.select.default is before
+q = torch.randn(1, 1, 64, 8)
+lighthouse_fx.lighthouse_attention(q, q, q, config=lighthouse_fx.LighthouseConfig(levels=2, pooling=2, topk=2))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

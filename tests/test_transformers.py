@@ -10,14 +10,15 @@ from lighthouse_fx import LighthouseConfig
 
 transformers = pytest.importorskip("transformers")
 
-LAYERS, TOKENS = 3, 64
+LAYERS, TOKENS = 3, 72
 CONFIG = LighthouseConfig(**FIELDS)
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
+FUSED = {"rtol": 1e-4, "atol": 1e-7}  # Llama's norm computes in float32 even in a float64 model; Inductor fuses it
 
 
 def llama():
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS,
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -25,7 +26,7 @@ def llama():
 
 def gpt2():
     config = transformers.GPT2Config(
-        vocab_size=64, n_positions=128, n_embd=32, n_layer=LAYERS, n_head=4, use_cache=False,
+        vocab_size=96, n_positions=128, n_embd=32, n_layer=LAYERS, n_head=4, use_cache=False,
         attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
@@ -40,7 +41,7 @@ def model(request):
 
 
 def tokens():
-    return torch.randint(0, 64, (2, TOKENS))
+    return torch.randint(0, 96, (2, TOKENS))
 
 
 def layers(model):
@@ -77,10 +78,10 @@ def by_functional_form(model, ids, *, repeat):
         model.set_attn_implementation(own)
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], **TOLERANCE)
+def assert_same(found, expected, tolerance=TOLERANCE):
+    torch.testing.assert_close(found[0], expected[0], **tolerance)
     for name, value in expected[1].items():
-        torch.testing.assert_close(found[1][name], value, msg=lambda text, name=name: f"{name}: {text}", **TOLERANCE)
+        torch.testing.assert_close(found[1][name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_compiled_whole(model):
@@ -121,7 +122,7 @@ def test_through_inductor_with_checkpointing():
     run = torch.compile(model, backend="lighthouse", options=FIELDS)
     found = loss_and_gradients(model, run, ids)
     assert lighthouse_fx.reports()[-1].rewritten == LAYERS
-    assert_same(found, by_functional_form(model, ids, repeat=True))
+    assert_same(found, by_functional_form(model, ids, repeat=True), FUSED)
 
 
 def test_inference_is_the_dense_model(model):
