@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -13,8 +14,14 @@ from training import Plan, Run
 COLOURS = {"lighthouse": "#d95f02", "dense": "#1f5fa8"}
 
 
+def trailing_mean(losses: list[float], width: int) -> list[float]:
+    """Each loss averaged with those before it, so that the trend shows."""
+    return [fmean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]
+
+
 def save_losses(runs: list[Run], plan: Plan, title: str, path: Path) -> None:
     """Left: losses by step. Right: validation loss by training time."""
+    width = max(1, plan.steps // 32)
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(3, 2), layout="constrained")
     for run in runs:
         colour = COLOURS["lighthouse" if run.stages[0].attention == "lighthouse" else "dense"]
@@ -26,8 +33,8 @@ def save_losses(runs: list[Run], plan: Plan, title: str, path: Path) -> None:
             )
             again = run.stages[0].attention == stage.attention and stage is not run.stages[0]
             by_step.plot(
-                steps, stage.losses, color=colour, alpha=0.45, linewidth=1, linestyle=":" if approximate else "-",
-                label=None if again else label,
+                steps, trailing_mean(stage.losses, width), color=colour, alpha=0.45, linewidth=1,
+                linestyle=":" if approximate else "-", label=None if again else label,
             )  # fmt: skip
         points = sorted(run.validation)
         losses = [run.loss_at(step) for step in points]
@@ -42,13 +49,13 @@ def save_losses(runs: list[Run], plan: Plan, title: str, path: Path) -> None:
     if plan.lighthouse_steps < plan.steps:
         by_step.axvline(plan.lighthouse_steps, color="0.4", linestyle="--", linewidth=1)
         by_step.annotate(
-            "switch to dense", (plan.lighthouse_steps, 0.98), (4, 0), xycoords=("data", "axes fraction"),
-            textcoords="offset points", va="top", color="0.3",
+            "switch to dense", (plan.lighthouse_steps, 0.02), (4, 0), xycoords=("data", "axes fraction"),
+            textcoords="offset points", va="bottom", color="0.3",
         )  # fmt: skip
         for run in runs:
             if run.stages[0].attention == "lighthouse":
                 by_time.axvline(run.seconds_until(plan.lighthouse_steps), color="0.4", linestyle="--", linewidth=1)
-    by_step.set(xlabel="step", ylabel="loss (nats per byte)", title="by step")
+    by_step.set(xlabel="step", ylabel="loss (nats per byte)", title=f"by step; training loss: mean of the last {width} steps")
     by_time.set(xlabel="training time without compilation (s)", ylabel="validation loss, dense attention (nats per byte)")
     by_time.set_title("validation by training time")
     for axes in (by_step, by_time):

@@ -19,7 +19,7 @@ from torch import fx
 from . import dynamo, journal, stage
 from .config import LighthouseConfig, config_field_names
 from .passes import CALLS, DENSE, LAYERS, TRAINING, Refusal, run_passes
-from .report import GraphReport, as_networkx, record
+from .report import GraphReport, as_networkx, mark_calls, record
 
 _log = logging.getLogger("lighthouse_fx")
 
@@ -75,6 +75,7 @@ def rewrite(
     before = as_networkx(gm)
     gm = run_passes(gm, example_inputs, config=config or own)
     calls = gm.meta[CALLS]
+    before = mark_calls(before, calls)
     report = GraphReport(calls=tuple(map(record, calls)), before=before, after=as_networkx(gm, calls))
     _log.info("%s", report.summary())
     _artifact("after", gm)

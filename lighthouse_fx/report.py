@@ -19,7 +19,7 @@ from . import picture
 from .passes import AttentionCall
 from .passes.call import fake
 from .passes.find import is_attention, module_path
-from .passes.regions import regions
+from .passes.regions import Region, regions
 from .passes.rewrite import REWRITTEN_FROM
 
 Shape = tuple[int | str, ...]
@@ -213,7 +213,7 @@ def as_networkx(gm: fx.GraphModule, calls: Sequence[AttentionCall] = ()) -> nx.D
     graph = nx.DiGraph()
     index = {call.node: position for position, call in enumerate(calls)}
     for region in regions(gm):
-        prefix = f"{region.name}/" if region.name else ""
+        prefix = _prefix(region)
         for node in region.gm.graph.nodes:
             if node.op in ("output", "get_attr"):
                 continue
@@ -234,10 +234,21 @@ def as_networkx(gm: fx.GraphModule, calls: Sequence[AttentionCall] = ()) -> nx.D
                     graph.add_edge(prefix + source.name, prefix + node.name)
             if node.op == "placeholder":
                 for outer, operand in region.operands(node):
-                    name = f"{outer.name}/{operand.name}" if outer.name else getattr(operand, "name", "")
+                    name = _prefix(outer) + getattr(operand, "name", "")
                     if name in graph:
                         graph.add_edge(name, prefix + node.name)
     return graph
+
+
+def mark_calls(graph: nx.DiGraph, calls: Sequence[AttentionCall]) -> nx.DiGraph:
+    """Write into a graph made before the passes which node is which attention call: only they number the calls."""
+    for index, call in enumerate(calls):
+        graph.nodes[_prefix(call.region) + call.node.name]["call"] = index
+    return graph
+
+
+def _prefix(region: Region) -> str:
+    return f"{region.name}/" if region.name else ""
 
 
 def _kind(node: fx.Node, call: int) -> str:

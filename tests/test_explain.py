@@ -98,6 +98,7 @@ def test_graphs_before_and_after(report):
     assert count(graph.before, "scaled_dot_product_attention") == count(graph.after, "scaled_dot_product_attention") == 3
     assert [count(graph.after, f"lighthouse_fx.{name}") for name in ("select", "gather", "scatter")] == [3, 9, 3]
     assert not any(data["kind"] == "lighthouse" for _, data in graph.before.nodes(data=True))
+    assert sorted(data["call"] for _, data in graph.before.nodes(data=True) if data["kind"] == "attention") == [0, 1, 2]
     (scatter,) = [n for n, d in graph.after.nodes(data=True) if d["target"] == "lighthouse_fx.scatter" and d["call"] == 1]
     assert any(nx.has_path(graph.after, n, scatter) for n, d in graph.after.nodes(data=True) if d["kind"] == "input")
 
@@ -105,7 +106,8 @@ def test_graphs_before_and_after(report):
 def test_checkpointed_graphs_are_joined():
     report = lighthouse_fx.explain(Model(2, checkpointing="inside"), inputs(), config=CONFIG)
     assert report.rewritten == 2
-    after = report.graphs[0].after
+    before, after = report.graphs[0].before, report.graphs[0].after
+    assert sorted(d["call"] for _, d in before.nodes(data=True) if d["kind"] == "attention") == [0, 1]
     scatters = [n for n, d in after.nodes(data=True) if d["target"] == "lighthouse_fx.scatter"]
     assert len(scatters) == 2
     assert all(any(nx.has_path(after, n, s) for n, d in after.nodes(data=True) if d["kind"] == "input") for s in scatters)

@@ -161,10 +161,14 @@ def test_a_number_goes_only_where_it_belongs(bad, dtype):
         for is_causal in (True, False):
             reached = [brute_force.reached(entry, 43, 3, is_causal) for entry in chosen]
             for function, x, concerns in (
-                (lambda x: gather(x, *index, shape), tokens, lambda j, s: j in windows[s]),
-                (lambda x: gather_backward(x, *index, shape), rows, lambda s, j: j in windows[s]),
-                (lambda x: scatter(x, *index, shape, is_causal), rows, lambda s, j, to=reached: j in to[s]),
-                (lambda x: scatter_backward(x, *index, shape, is_causal), tokens, lambda j, s, to=reached: j in to[s]),
+                (lambda x, i=index: gather(x, *i, shape), tokens, lambda j, s, of=windows: j in of[s]),
+                (lambda x, i=index: gather_backward(x, *i, shape), rows, lambda s, j, of=windows: j in of[s]),
+                (lambda x, i=index, c=is_causal: scatter(x, *i, shape, c), rows, lambda s, j, to=reached: j in to[s]),
+                (
+                    lambda x, i=index, c=is_causal: scatter_backward(x, *i, shape, c),
+                    tokens,
+                    lambda j, s, to=reached: j in to[s],
+                ),
             ):
                 before = function(x)
                 for j in torch.randint(0, x.shape[2], (6,)).tolist():
@@ -276,7 +280,7 @@ def test_bitwise_the_same_twice(dtype, is_causal):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[1], SHAPES[6], SHAPES[8]], ids=str)
 def test_opcheck(shape, is_causal):
-    length, levels, pooling, topk, quota = shape
+    length, levels, pooling, *_ = shape
     _, *index = selection(shape)
     tokens = random(2, 4, length, 5, dtype=torch.float32, grad=True)
     rows = random(2, 4, index[0].shape[2], 5, dtype=torch.float32, grad=True)

@@ -1,6 +1,7 @@
 """Selection against the brute force, entry by entry: lengths, poolings, levels, quotas, ties, groups, bad numbers."""
 
 import math
+from itertools import pairwise
 
 import brute_force
 import pytest
@@ -54,7 +55,7 @@ def assert_valid(entries, slots, *, length, levels, pooling, topk, quota=None, k
         assert all(0 <= number < len(windows) for number in row)
         present = [windows[number] for number in row]
         keys = [(brute_force.end(entry, pooling), entry[0]) for entry in present]
-        assert all(first < second for first, second in zip(keys, keys[1:], strict=False))  # strictly: no entry twice
+        assert all(first < second for first, second in pairwise(keys))  # strictly: no entry twice
         assert [inverse[number] for number in row] == list(range(len(row)))
         assert sum(slot != -1 for slot in inverse) == len(row)
         there = set(present)
