@@ -1,4 +1,4 @@
-"""The ops as PyTorch knows them: schema, fake and autograd. Torch only: kernels are imported when first called.
+"""The ops as PyTorch knows them: schema, fake and autograd. Torch only: Triton is imported when first needed.
 
 `select` decides, without gradient, which windows are entries. `gather` pools tokens into entries and `scatter` adds
 entries back to tokens; both are linear, and their backwards are ops of their own, each the other's adjoint, so that any
@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import inner, reference  # inner registers lighthouse_fx::attention
+from .dispatch import kernels_for
 from .geometry import Pyramid
+from .inlined import kernel_op
 from .revision import REVISION
 
 
@@ -26,10 +27,22 @@ def _pyramid(length: int, levels: int, pooling: int) -> Pyramid:
     return Pyramid(length=length, levels=levels, pooling=pooling, topk=1)
 
 
+def _token_layout(like: Tensor, length: int) -> Tensor:
+    """An empty `[B, H, N, D]` that lies as `[B, N, H, D]`: the layout of a projection, so that a model copies nothing."""
+    batch, heads, _, dim = like.shape
+    return like.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
 # --- select -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lighthouse_fx::select", mutates_args=())
+def _select_in_two_kernels(q: Tensor, k: Tensor, v: Tensor, levels: int, *rest: Any) -> bool:
+    """Whether select is its kernels alone, and their block sizes are known: they depend on N, see `choose_windows`."""
+    scorer, length = rest[4], q.shape[2]
+    return scorer == "norm" and levels <= 3 and isinstance(length, int)
+
+
+@kernel_op("lighthouse_fx::select", inline=_select_in_two_kernels)
 def select(
     q: Tensor,
     k: Tensor,
@@ -43,6 +56,7 @@ def select(
     dilation: int,
     is_causal: bool,
     scale: float | None,
+    revision: str,
 ) -> tuple[Tensor, Tensor]:
     """Choose the entries (SPEC.md, "Score and select"). No gradient flows through it.
 
@@ -56,8 +70,14 @@ def select(
     pyramid = Pyramid(
         length=q.shape[2], levels=levels, pooling=pooling, topk=topk, quota=quota or None, keep_first=keep_first
     )
-    s_q, s_k = reference.token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
-    return reference.select_windows(s_q, s_k, pyramid)
+    kernels = kernels_for(q)
+    if scorer == "norm":
+        window_q, window_k = (kernels.norm_scores(x, k.shape[1], pyramid) for x in (q, k))
+    else:
+        tokens = reference.token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
+        window_q, window_k = (reference.window_scores(scores, pyramid) for scores in tokens)
+    entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
+    return entries, slots
 
 
 @select.register_fake
@@ -71,7 +91,7 @@ def _(
 
 
 def _no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    return (None,) * 12
+    return (None,) * 13
 
 
 select.register_autograd(_no_gradient)
@@ -80,18 +100,20 @@ select.register_autograd(_no_gradient)
 # --- gather -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lighthouse_fx::gather", mutates_args=())
+@kernel_op("lighthouse_fx::gather")
 def gather(x: Tensor, entries: Tensor, slots: Tensor, levels: int, pooling: int, revision: str) -> Tensor:
     """The mean of each entry's window: x `[B, Hx, N, D]` -> `[B, Hx, S, D]`, `Hx` a multiple of `G`."""
-    return reference.gather(x, entries, _pyramid(x.shape[2], levels, pooling))
+    result: Tensor = kernels_for(x).gather(x, entries, _pyramid(x.shape[2], levels, pooling))
+    return result
 
 
-@torch.library.custom_op("lighthouse_fx::gather_backward", mutates_args=())
+@kernel_op("lighthouse_fx::gather_backward")
 def gather_backward(
     grad: Tensor, entries: Tensor, slots: Tensor, length: int, levels: int, pooling: int, revision: str
 ) -> Tensor:
     """The adjoint of `gather`: grad `[B, Hx, S, D]` -> `[B, Hx, N, D]`."""
-    return reference.gather_backward(grad, slots, _pyramid(length, levels, pooling))
+    result: Tensor = kernels_for(grad).gather_backward(grad, slots, _pyramid(length, levels, pooling))
+    return result
 
 
 @gather.register_fake
@@ -101,7 +123,7 @@ def _(x: Tensor, entries: Tensor, *_: Any) -> Tensor:
 
 @gather_backward.register_fake
 def _(grad: Tensor, entries: Tensor, slots: Tensor, length: int, *_: Any) -> Tensor:
-    return grad.new_empty(grad.shape[0], grad.shape[1], length, grad.shape[3])
+    return _token_layout(grad, length)
 
 
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -132,25 +154,28 @@ gather_backward.register_autograd(_differentiate_gather_backward, setup_context=
 # --- scatter ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("lighthouse_fx::scatter", mutates_args=())
+@kernel_op("lighthouse_fx::scatter")
 def scatter(
     out: Tensor, entries: Tensor, slots: Tensor, length: int, levels: int, pooling: int, is_causal: bool, revision: str
 ) -> Tensor:
     """Add each entry's output to the tokens that it concerns: out `[B, H, S, D]` -> `[B, H, N, D]` (SPEC.md, 4)."""
-    return reference.scatter(out, slots, _pyramid(length, levels, pooling), is_causal=is_causal)
+    result: Tensor = kernels_for(out).scatter(out, slots, _pyramid(length, levels, pooling), is_causal=is_causal)
+    return result
 
 
-@torch.library.custom_op("lighthouse_fx::scatter_backward", mutates_args=())
+@kernel_op("lighthouse_fx::scatter_backward")
 def scatter_backward(
     grad: Tensor, entries: Tensor, slots: Tensor, levels: int, pooling: int, is_causal: bool, revision: str
 ) -> Tensor:
     """The adjoint of `scatter`: grad `[B, H, N, D]` -> `[B, H, S, D]`."""
-    return reference.scatter_backward(grad, entries, _pyramid(grad.shape[2], levels, pooling), is_causal=is_causal)
+    pyramid = _pyramid(grad.shape[2], levels, pooling)
+    result: Tensor = kernels_for(grad).scatter_backward(grad, entries, pyramid, is_causal=is_causal)
+    return result
 
 
 @scatter.register_fake
 def _(out: Tensor, entries: Tensor, slots: Tensor, length: int, *_: Any) -> Tensor:
-    return out.new_empty(out.shape[0], out.shape[1], length, out.shape[3])
+    return _token_layout(out, length)
 
 
 @scatter_backward.register_fake
@@ -198,6 +223,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
+    kernel: str = "auto",
 ) -> Tensor:
     """The op sequence that the compiler pass writes into a graph, as a function: select, gather, attend, scatter.
 
@@ -221,10 +247,9 @@ def attend(
         dilation,
         is_causal,
         scale,
+        REVISION,
     )
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p
-    )
+    out = torch.ops.lighthouse_fx.attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
     result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
     return result

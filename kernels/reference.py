@@ -32,8 +32,17 @@ def token_scores(
     """
     if scorer == "dilated":
         return _dilated_scores(q, k, v, dilation, is_causal, scale)
-    s_q = torch.linalg.vector_norm(q.float(), dim=-1)  # [B, H, N]
-    return s_q.unflatten(1, (k.shape[1], -1)).amax(2), torch.linalg.vector_norm(k.float(), dim=-1)
+    return _norms(q, k.shape[1]), _norms(k, k.shape[1])
+
+
+def norm_scores(x: Tensor, groups: int, pyramid: Pyramid) -> Tensor:
+    """The largest norm in each window above level 0, over the heads of each group: `[B, Hx, N, D]` -> `[B, G, P - N]`."""
+    return window_scores(_norms(x, groups), pyramid)
+
+
+def _norms(x: Tensor, groups: int) -> Tensor:
+    """`[B, Hx, N, D]` -> `[B, G, N]`"""
+    return torch.linalg.vector_norm(x.float(), dim=-1).unflatten(1, (groups, -1)).amax(2)
 
 
 def _dilated_scores(
@@ -73,11 +82,24 @@ def select_windows(s_q: Tensor, s_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, 
         `entries` int32 `[B, G, S]`: the number of the window in each slot;
         `slots` int32 `[B, G, P]`: the slot of each window, -1 for a window that is no entry.
     """
-    s_q = torch.where(s_q > -torch.inf, s_q, _LOWEST)
-    s_k = torch.where(s_k > -torch.inf, s_k, _LOWEST)
-    shape = s_q.shape[:2]
+    return choose_windows(window_scores(s_q, pyramid), window_scores(s_k, pyramid), pyramid)
+
+
+def window_scores(scores: Tensor, pyramid: Pyramid) -> Tensor:
+    """The largest token score in each window above level 0, numbered as windows are, less N: `[B, G, N]` -> `[B, G, P - N]`."""
+    scores = torch.where(scores > -torch.inf, scores, _LOWEST)[..., : pyramid.covered]
+    return torch.cat(
+        [scores.unflatten(-1, (-1, pyramid.pooling**level)).amax(-1) for level in range(1, pyramid.levels)]
+        or [scores[..., :0]],
+        dim=-1,
+    )
+
+
+def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """The same from the scores of the windows above level 0, `[B, G, P - N]` each, without NaN and -inf."""
+    shape, device = window_q.shape[:2], window_q.device
     present = {
-        level: s_q.new_zeros(*shape, pyramid.windows(level), dtype=torch.bool) for level in range(pyramid.levels)
+        level: window_q.new_zeros(*shape, pyramid.windows(level), dtype=torch.bool) for level in range(pyramid.levels)
     }
     present[0][..., pyramid.covered :] = True
     present[pyramid.levels - 1][..., : pyramid.coarse] = True
@@ -85,18 +107,18 @@ def select_windows(s_q: Tensor, s_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, 
         return _number(present, pyramid)
 
     p, tiles = pyramid.pooling, pyramid.tiles
-    bounds = torch.arange(tiles + 1, device=s_q.device) * pyramid.coarse // tiles
-    candidates = bounds[:-1, None] + torch.arange(pyramid.coarse // tiles + 1, device=s_q.device)  # [T, C]
-    valid = (candidates < bounds[1:, None]).expand(*s_q.shape[:2], -1, -1)  # [B, G, T, C]
+    bounds = torch.arange(tiles + 1, device=device) * pyramid.coarse // tiles
+    candidates = bounds[:-1, None] + torch.arange(pyramid.coarse // tiles + 1, device=device)  # [T, C]
+    valid = (candidates < bounds[1:, None]).expand(*shape, -1, -1)  # [B, G, T, C]
     candidates = candidates.expand_as(valid)
     for level in range(pyramid.levels - 1, 0, -1):
-        window_q, window_k = (
-            s[..., : pyramid.covered].unflatten(-1, (-1, p**level)).amax(-1) for s in (s_q, s_k)
-        )  # [B, G, W]
+        first = pyramid.offset(level) - pyramid.length
+        level_q, level_k = (s[..., first : first + pyramid.windows(level)] for s in (window_q, window_k))  # [B, G, W]
         if pyramid.keep_first:
-            window_q[..., 0] = torch.inf
-        candidates, valid = _expand(window_q, window_k, candidates, valid, pyramid.quota_)  # [B, G, T, E]
-        children = (candidates[..., None] * p + torch.arange(p, device=s_q.device)).flatten(-2)  # [B, G, T, E * p]
+            level_q = level_q.clone()
+            level_q[..., 0] = torch.inf
+        candidates, valid = _expand(level_q, level_k, candidates, valid, pyramid.quota_)  # [B, G, T, E]
+        children = (candidates[..., None] * p + torch.arange(p, device=device)).flatten(-2)  # [B, G, T, E * p]
         valid = valid[..., None].expand(*valid.shape, p).flatten(-2)
         # Invalid places write beyond the last window, where they are dropped.
         target = torch.where(valid, children, pyramid.windows(level - 1)).flatten(-2)
@@ -153,7 +175,7 @@ def gather(x: Tensor, entries: Tensor, pyramid: Pyramid) -> Tensor:
 
 def gather_backward(grad: Tensor, slots: Tensor, pyramid: Pyramid) -> Tensor:
     """The adjoint of `gather`: `[B, Hx, S, D]` -> `[B, Hx, N, D]`. Each token reads the entries it is part of."""
-    total = _widen(grad).new_zeros(*grad.shape[:2], pyramid.length, grad.shape[-1])
+    total = _token_layout(_widen(grad), pyramid)
     for level in range(pyramid.levels):
         width = pyramid.pooling**level
         rows = _present_rows(_widen(grad) / width, _level_slots(slots, level, pyramid))  # [B, Hx, W, D]
@@ -166,7 +188,7 @@ def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) ->
 
     Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on. Otherwise its own window.
     """
-    total = _widen(out).new_zeros(*out.shape[:2], pyramid.length, out.shape[-1])
+    total = _token_layout(_widen(out), pyramid)
     for level in range(pyramid.levels):
         width = pyramid.pooling**level
         rows = _present_rows(_widen(out), _level_slots(slots, level, pyramid))  # [B, H, W, D]
@@ -188,6 +210,12 @@ def scatter_backward(grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_caus
 
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _token_layout(like: Tensor, pyramid: Pyramid) -> Tensor:
+    """Zeros `[B, H, N, D]` that lie as `[B, N, H, D]`, as projections and the kernels write them."""
+    batch, heads, _, dim = like.shape
+    return like.new_zeros(batch, pyramid.length, heads, dim).transpose(1, 2)
 
 
 def _blocks(x: Tensor, shift: int, level: int, pyramid: Pyramid) -> Tensor:

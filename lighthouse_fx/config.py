@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 SCORERS = ("norm", "dilated")
+KERNELS = ("auto", "cudnn", "flash", "efficient", "math")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
 
 
@@ -43,6 +44,7 @@ class LighthouseConfig:
     scorer: str = "norm"
     dilation: int = 64
     max_kept: float = 0.75
+    kernel: str = "auto"
     dense_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +111,11 @@ def _scorer(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not a known scorer: use one of {', '.join(map(repr, SCORERS))}")
 
 
+def _kernel(name: str, value: Any) -> None:
+    if value not in KERNELS:
+        raise ValueError(f"{name}={value!r} is not a known kernel: use one of {', '.join(map(repr, KERNELS))}")
+
+
 def _share(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number between 0 and 1, such as 0.75")
@@ -133,5 +140,6 @@ _CHECKS = {
     "scorer": _scorer,
     "dilation": _integer_from(1, "dilation=64"),
     "max_kept": _share,
+    "kernel": _kernel,
     "dense_layers": _layers,
 }

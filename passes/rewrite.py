@@ -81,7 +81,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         selection = function(
             _OPS.select.default,
             q, k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
-            config.scorer, config.dilation, call.is_causal, scale,
+            config.scorer, config.dilation, call.is_causal, scale, REVISION,
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
@@ -94,12 +94,15 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             for x in (q, k, v)
         ]  # fmt: skip
         out = fakes[node]
-        inner = function(
-            node.target,
-            *gathered,
-            value=empty(node, *out.shape[:2], pyramid.gathered, out.shape[3]),
-            **_carried_over(call),
-        )
+        attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
+        if config.kernel == "auto" and out.device.type != "cuda":
+            inner = function(node.target, *gathered, value=attended, **_carried_over(call))
+        else:
+            inner = function(
+                _OPS.attention.default,
+                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa, config.kernel,
+                value=attended,
+            )  # fmt: skip
         result = function(
             _OPS.scatter.default,
             inner, entries, slots, length, levels, pooling, call.is_causal, REVISION,

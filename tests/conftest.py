@@ -1,9 +1,16 @@
 """What every test starts from: no compiled graphs, the default stage, a fixed seed; GPU tests only where there is a GPU."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
+
 from lighthouse_fx import stage
+from lighthouse_fx.kernels import dispatch
 
 
 def pytest_collection_modifyitems(items):
@@ -21,3 +28,20 @@ def clean_start():
     assert stage.current.kind == "default", "an earlier test left a stage behind"
     yield
     assert stage.current.kind == "default", "this test left a stage behind"
+
+
+@pytest.fixture(params=["plain", "interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+def kernels(request, monkeypatch):
+    """What serves the ops: the plain twins, Triton under its interpreter on the CPU, or Triton on the GPU.
+
+    On the GPU every tensor that a test makes lies there. The interpreter serves eager calls; compiled graphs keep the op.
+    """
+    if request.param == "interpreted":
+        if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+            pytest.skip("needs Triton, and a machine without a GPU")
+        monkeypatch.setattr(dispatch, "serving", lambda device: "Triton")
+    if request.param == "gpu":
+        torch.set_default_device("cuda")
+        torch.manual_seed(0)
+    yield request.param
+    torch.set_default_device(None)

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
 from lighthouse_fx.kernels import REVISION
 
+pytestmark = pytest.mark.usefixtures("kernels")
 OPS = torch.ops.lighthouse_fx
 
 # (B, H, G, N, D, Dv) and the configuration
@@ -37,7 +38,7 @@ def qkv(sizes, dtype=torch.float64, grad=True):
 def selected(q, k, v, config, is_causal=True, scale=None):
     """The op's own selection."""
     pyramid = config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first
-    return OPS.select(q, k, v, *pyramid, config.scorer, config.dilation, is_causal, scale)
+    return OPS.select(q, k, v, *pyramid, config.scorer, config.dilation, is_causal, scale, REVISION)
 
 
 def selected_by_norm(q, k, config):

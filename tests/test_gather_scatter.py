@@ -6,6 +6,7 @@ import torch
 
 from lighthouse_fx.kernels import REVISION
 
+pytestmark = pytest.mark.usefixtures("kernels")
 OPS = torch.ops.lighthouse_fx
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -27,7 +28,7 @@ SHAPES = [
 def selection(shape, batch=2, groups=2, keep_first=True, seed=0):
     """A selection by random scores, from the brute force alone: as lists, and as the op's two tensors."""
     length, levels, pooling, topk, quota = shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     scores = [torch.rand(batch, groups, length, generator=generator).tolist() for _ in range(2)]
     pyramid = dict(length=length, levels=levels, pooling=pooling, topk=topk, quota=quota, keep_first=keep_first)
     selections = brute_force.select_all(*scores, **pyramid)
@@ -54,10 +55,10 @@ def random(*size, dtype=torch.float64, grad=False):
     return torch.randn(*size, dtype=dtype, requires_grad=grad)
 
 
-def exactly_rounded(found, exact, terms, dtype):
+def exactly_rounded(found, exact, terms, dtype, unit=0.51):
     """Sums in fp32, rounded once: half a unit in the last place, and fp32's own error on the sum of magnitudes."""
     info = torch.finfo(dtype)
-    budget = exact.abs() * info.eps * 0.51 + info.tiny * info.eps + terms * torch.finfo(torch.float32).eps
+    budget = exact.abs() * info.eps * unit + info.tiny * info.eps + terms * torch.finfo(torch.float32).eps
     assert found.dtype == dtype
     assert ((found.double() - exact).abs() <= budget).all()
 
@@ -110,7 +111,9 @@ def test_backwards_are_the_adjoints(shape, is_causal):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_any_order_of_differentiation(is_causal):
+def test_any_order_of_differentiation(is_causal, kernels):
+    if kernels == "interpreted":
+        pytest.skip("thousands of launches; the ops and their adjoints are compared above")
     shape = (11, 3, 2, 2, 1)
     _, *index = selection(shape, batch=1, groups=1)
     tokens, rows = random(1, 2, 11, 2, grad=True), random(1, 2, index[0].shape[2], 2, grad=True)
@@ -127,23 +130,25 @@ def test_any_order_of_differentiation(is_causal):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]], ids=str)
-def test_narrow_types_round_once(shape, dtype, is_causal):
+def test_narrow_types_round_once(shape, dtype, is_causal, kernels):
     """Means and sums are taken in fp32 and rounded once at the end, whatever the type that they come in."""
+    # Triton's interpreter cuts bits off where the GPU rounds.
+    unit = 1.01 if kernels == "interpreted" and dtype == torch.bfloat16 else 0.51
     selections, *index = selection(shape)
     x = random(2, 4, shape[0], 5).to(dtype)
     exact = x.double().requires_grad_()
     expected = brute_force.per_head(brute_force.gather, exact, selections, shape[2])
-    exactly_rounded(gather(x, *index, shape), expected, x.abs().max().double(), dtype)
+    exactly_rounded(gather(x, *index, shape), expected, x.abs().max().double(), dtype, unit)
     grad = random(*expected.shape).to(dtype)
     (oracle,) = torch.autograd.grad(expected, exact, grad.double())
-    exactly_rounded(gather_backward(grad, *index, shape), oracle, shape[1] * grad.abs().max().double(), dtype)
+    exactly_rounded(gather_backward(grad, *index, shape), oracle, shape[1] * grad.abs().max().double(), dtype, unit)
 
     exact = grad.double().requires_grad_()
     expected = brute_force.per_head(brute_force.scatter, exact, selections, shape[0], shape[2], is_causal)
-    exactly_rounded(scatter(grad, *index, shape, is_causal), expected, shape[1] * grad.abs().max().double(), dtype)
+    exactly_rounded(scatter(grad, *index, shape, is_causal), expected, shape[1] * grad.abs().max().double(), dtype, unit)
     (oracle,) = torch.autograd.grad(expected, exact, x.double())
     terms = shape[2] ** (shape[1] - 1) * x.abs().max().double()
-    exactly_rounded(scatter_backward(x, *index, shape, is_causal), oracle, terms, dtype)
+    exactly_rounded(scatter_backward(x, *index, shape, is_causal), oracle, terms, dtype, unit)
 
 
 # --- what concerns what -----------------------------------------------------------------------------------------------
@@ -296,5 +301,5 @@ def test_opcheck(shape, is_causal):
 def test_opcheck_select(shape, scorer):
     length, levels, pooling, topk, quota = shape
     q, k, v = (random(2, heads, length, 4, dtype=torch.float32, grad=True) for heads in (4, 2, 2))
-    arguments = (q, k, v, levels, pooling, topk, quota or 0, True, scorer, 4, True, None)
+    arguments = (q, k, v, levels, pooling, topk, quota or 0, True, scorer, 4, True, None, REVISION)
     torch.library.opcheck(OPS.select.default, arguments)

@@ -33,7 +33,7 @@ SCORES = st.sampled_from([0.0, 0.5, 1.0, 1.0, 2.0, 7.0, 3e38, float("inf"), floa
 
 
 def inputs(pyramid, heads=2, groups=1, size=3, dtype=torch.float32, batch=1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [
         torch.randn(batch, count, pyramid["length"], size, generator=generator).to(dtype).requires_grad_()
         for count in (heads, groups, groups)
@@ -42,7 +42,7 @@ def inputs(pyramid, heads=2, groups=1, size=3, dtype=torch.float32, batch=1, see
 
 def select(q, k, v, pyramid):
     names = ("levels", "pooling", "topk")
-    rest = pyramid["quota"] or 0, pyramid["keep_first"], "norm", 1, True, None
+    rest = pyramid["quota"] or 0, pyramid["keep_first"], "norm", 1, True, None, REVISION
     return OPS.select(q, k, v, *(pyramid[name] for name in names), *rest)
 
 

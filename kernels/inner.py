@@ -1,0 +1,65 @@
+"""The attention over the gathered sub-sequence: which of the stock kernels runs it.
+
+`lighthouse_fx::attention` is `scaled_dot_product_attention` with a choice of kernel. It is a composite op: AOTAutograd sees
+through it to the one aten op that was chosen, so the choice holds forward and backward and is part of the compiled graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+_HOPPER = (9, 0)
+
+_library = torch.library.Library("lighthouse_fx", "FRAGMENT")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, float? scale, bool enable_gqa, "
+    "str kernel) -> Tensor"
+)
+
+
+def preferred(device: torch.device) -> list[SDPBackend]:
+    """Stock kernels for a CUDA device, the fastest first, those that take anything last. Source: ANCHORS.md, Speed."""
+    first = ["cudnn", "flash"] if torch.cuda.get_device_capability(device) >= _HOPPER else ["flash", "cudnn"]
+    return [_BACKENDS[name] for name in (*first, "efficient", "math")]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    kernel: str,
+) -> Tensor:
+    def run() -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+    if kernel == "auto":
+        if query.device.type != "cuda":
+            return run()
+        with sdpa_kernel(preferred(query.device), set_priority=True):
+            return run()
+    try:
+        with sdpa_kernel(_BACKENDS[kernel]):
+            return run()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"kernel={kernel!r} cannot attend to queries {list(query.shape)} of {query.dtype} on {query.device}: "
+            f"use kernel='auto', which takes the fastest that can ({error})"
+        ) from error
+
+
+_library.impl("attention", _attention, "CompositeImplicitAutograd")
