@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 _USUAL_QUOTA = 128
 
 
+@cache
 def default_quota(topk: int) -> int:
     """Windows expanded per tile and level: the divisor of `topk` nearest 128 on a log scale, ties to the smaller."""
     divisors = {d for i in range(1, math.isqrt(topk) + 1) if topk % i == 0 for d in (i, topk // i)}
@@ -67,6 +69,11 @@ class Pyramid:
     def tiles(self) -> int:
         """Tiles `T = k / m`; tile `t` owns the coarsest windows `[t*M//T, (t+1)*M//T)`."""
         return self.topk // self.quota_
+
+    @property
+    def tiles_with_windows(self) -> int:
+        """As many tiles as can matter: with more tiles than windows, each window is a tile of its own."""
+        return max(1, min(self.tiles, self.coarse))
 
     def windows(self, level: int) -> int:
         """Windows of a level; at level 0 every token, the tail included."""

@@ -2,6 +2,7 @@
 
 `lighthouse_fx::attention` is `scaled_dot_product_attention` with a choice of kernel. It is a composite op: AOTAutograd sees
 through it to the one aten op that was chosen, so the choice holds forward and backward and is part of the compiled graph.
+"flash" is PyTorch's FlashAttention, or the flash-attn that `torch.nn.attention.activate_flash_attention_impl` has put there.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ _library.define(
 )
 
 
+_ALLOWED = {
+    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math": torch.backends.cuda.math_sdp_enabled,
+}
+
+
 def preferred(device: torch.device) -> list[SDPBackend]:
-    """Stock kernels for a CUDA device, the fastest first, those that take anything last. Source: ANCHORS.md, Speed."""
-    first = ["cudnn", "flash"] if torch.cuda.get_device_capability(device) >= _HOPPER else ["flash", "cudnn"]
-    return [_BACKENDS[name] for name in (*first, "efficient", "math")]
+    """Stock kernels for a CUDA device, the fastest first, those that take anything last. Source: ANCHORS.md, Speed.
+
+    A kernel that the user has switched off (`sdpa_kernel`, `torch.backends.cuda.enable_...`) is not among them.
+    """
+    first = ("cudnn", "flash") if torch.cuda.get_device_capability(device) >= _HOPPER else ("flash", "cudnn")
+    return [_BACKENDS[name] for name in (*first, "efficient", "math") if _ALLOWED[name]()]
 
 
 def _attention(
@@ -63,3 +75,4 @@ def _attention(
 
 
 _library.impl("attention", _attention, "CompositeImplicitAutograd")
+attention = torch.ops.lighthouse_fx.attention.default

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import inner, reference  # inner registers lighthouse_fx::attention
+from . import reference
 from .dispatch import kernels_for
 from .geometry import Pyramid
 from .inlined import kernel_op
+from .inner import attention
 from .revision import REVISION
+from .scorers import token_scores
 
 
 def _pyramid(length: int, levels: int, pooling: int) -> Pyramid:
@@ -74,7 +76,7 @@ def select(
     if scorer == "norm":
         window_q, window_k = (kernels.norm_scores(x, k.shape[1], pyramid) for x in (q, k))
     else:
-        tokens = reference.token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
+        tokens = token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
         window_q, window_k = (reference.window_scores(scores, pyramid) for scores in tokens)
     entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
     return entries, slots
@@ -250,6 +252,6 @@ def attend(
         REVISION,
     )
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
-    out = torch.ops.lighthouse_fx.attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
+    out = attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
     result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
     return result

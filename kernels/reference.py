@@ -12,61 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
+from .scorers import norms
 
 _LOWEST = torch.finfo(torch.float32).min
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def token_scores(
-    q: Tensor, k: Tensor, v: Tensor, *, scorer: str, dilation: int, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """The two scores of every token, per key/value head.
-
-    Args:
-        q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; any floating dtype.
-
-    Returns:
-        `s_q` and `s_k`, float32 `[B, G, N]`. Source: SPEC.md, "Scorers".
-    """
-    if scorer == "dilated":
-        return _dilated_scores(q, k, v, dilation, is_causal, scale)
-    return _norms(q, k.shape[1]), _norms(k, k.shape[1])
-
-
 def norm_scores(x: Tensor, groups: int, pyramid: Pyramid) -> Tensor:
     """The largest norm in each window above level 0, over the heads of each group: `[B, Hx, N, D]` -> `[B, G, P - N]`."""
-    return window_scores(_norms(x, groups), pyramid)
-
-
-def _norms(x: Tensor, groups: int) -> Tensor:
-    """`[B, Hx, N, D]` -> `[B, G, N]`"""
-    return torch.linalg.vector_norm(x.float(), dim=-1).unflatten(1, (groups, -1)).amax(2)
-
-
-def _dilated_scores(
-    q: Tensor, k: Tensor, v: Tensor, dilation: int, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    groups = k.shape[1]
-    k = k.repeat_interleave(heads // groups, dim=1)
-    v = v.repeat_interleave(heads // groups, dim=1)
-    forward = q.new_empty(batch, heads, length, dtype=torch.float32)
-    exchanged = torch.empty_like(forward)
-    short, longer = divmod(length, dilation)
-    # The first `longer` streams have one token more than the others: two batches of equal length.
-    for first, last, tokens in ((0, longer, short + 1), (longer, dilation, short)):
-        if first == last or tokens == 0:
-            continue
-        stream = torch.arange(first, last, device=q.device)[:, None]
-        index = stream + dilation * torch.arange(tokens, device=q.device)  # [streams, tokens]
-        qs, ks, vs = (x[:, :, index].transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * streams, H, tokens, D]
-        for scores, a, b in ((forward, qs, ks), (exchanged, ks, qs)):
-            out = F.scaled_dot_product_attention(a, b, vs, is_causal=is_causal, scale=scale)
-            norms = torch.linalg.vector_norm(out.float(), dim=-1)  # [B * streams, H, tokens]
-            scores[:, :, index] = norms.unflatten(0, (batch, -1)).transpose(1, 2)
-    return forward.unflatten(1, (groups, -1)).amax(2), exchanged.unflatten(1, (groups, -1)).amax(2)
+    return window_scores(norms(x, groups), pyramid)
 
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -106,7 +59,7 @@ def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tupl
     if pyramid.coarse == 0:
         return _number(present, pyramid)
 
-    p, tiles = pyramid.pooling, pyramid.tiles
+    p, tiles = pyramid.pooling, pyramid.tiles_with_windows
     bounds = torch.arange(tiles + 1, device=device) * pyramid.coarse // tiles
     candidates = bounds[:-1, None] + torch.arange(pyramid.coarse // tiles + 1, device=device)  # [T, C]
     valid = (candidates < bounds[1:, None]).expand(*shape, -1, -1)  # [B, G, T, C]

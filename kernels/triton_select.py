@@ -1,6 +1,6 @@
 """Triton: which windows are entries, and in which slot. One program per tile, one launch, no sort, no word from the host.
 
-The k largest of a tile's candidates are found by their threshold: 32 halvings of the range of float bits, each a count.
+The k largest of a tile's candidates are found by their threshold: 16 quarterings of the range of float bits, each a count.
 Ties at the threshold go to the lower index by a prefix sum. Where an entry lies follows from counts, too. Number the
 level-l candidates of a tile a = 0, 1, ... in order. Among entries of levels up to l, those before the end of candidate a are
 
@@ -36,12 +36,15 @@ def _order_bits(score):
 def _largest(keys, share):
     """The `share` largest of the keys that are not 0, the lower index first where they are equal: a mask."""
     threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 2147483648, tl.uint32)
-    for _ in range(32):
-        raised = threshold | bit
-        count = tl.sum((keys >= raised).to(tl.int32), axis=0)
-        threshold = tl.where(count >= share, raised, threshold)
-        bit = bit >> 1
+    low = tl.full([], 1 << 30, tl.uint32)
+    for _ in range(16):  # two bits at a time: three counts in one sum
+        one, two, three = threshold | low, threshold | (low << 1), threshold | low | (low << 1)
+        counts = (keys >= one).to(tl.int64) + ((keys >= two).to(tl.int64) << 20) + ((keys >= three).to(tl.int64) << 40)
+        count = tl.sum(counts, axis=0)
+        threshold = tl.where((count & 0xFFFFF) >= share, one, threshold)
+        threshold = tl.where(((count >> 20) & 0xFFFFF) >= share, two, threshold)
+        threshold = tl.where((count >> 40) >= share, three, threshold)
+        low = low >> 2
     above = keys > threshold
     equal = (keys == threshold) & (keys > 0)
     wanted = share - tl.sum(above.to(tl.int32), axis=0)
@@ -161,7 +164,7 @@ def _select_kernel(
 
 def _most_candidates(pyramid: Pyramid) -> tuple[int, int]:
     """The most candidates that a tile has: at the coarsest level, and below it."""
-    tile_size = -(-pyramid.coarse // pyramid.tiles)
+    tile_size = -(-pyramid.coarse // pyramid.tiles_with_windows)
     children = pyramid.pooling * min(tile_size, pyramid.quota_)
     for _ in range(pyramid.levels - 2):
         children = max(children, pyramid.pooling * min(children, pyramid.quota_))
@@ -171,7 +174,7 @@ def _most_candidates(pyramid: Pyramid) -> tuple[int, int]:
 def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
     """`reference.choose_windows`, by which tiles are served that no single program can hold."""
     batch, groups = window_q.shape[:2]
-    p, quota, tiles, levels = pyramid.pooling, pyramid.quota_, pyramid.tiles, pyramid.levels
+    p, quota, tiles, levels = pyramid.pooling, pyramid.quota_, pyramid.tiles_with_windows, pyramid.levels
     tile_size, children = _most_candidates(pyramid)
     if pyramid.coarse == 0 or max(tile_size, children) > _LARGEST_TILE:
         return reference.choose_windows(window_q, window_k, pyramid)

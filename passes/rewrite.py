@@ -10,6 +10,8 @@ After:
     gather2 = lighthouse_fx.gather(v, entries, slots, ...)
     inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
+
+On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from .call import CALLS, AttentionCall
+from ..kernels.scorers import require_fla
+from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -35,6 +38,8 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
     """Replace each accepted `scaled_dot_product_attention` by select, three gathers, itself on S entries, and scatter."""
     changed = []
+    if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
+        require_fla()
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
@@ -44,6 +49,11 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
         region_gm.graph.lint()
         region_gm.recompile()
     return gm
+
+
+def _on_gpu(call: AttentionCall) -> bool:
+    out = fake(call.node)
+    return out is not None and out.device.type == "cuda"
 
 
 def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
@@ -69,7 +79,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
 
     levels, pooling = config.levels, config.pooling
     # The scale matters to a scorer that attends; elsewhere it would only tie the selection to a traced number.
-    scale = call.scale if config.scorer == "dilated" else None
+    scale = call.scale if config.scorer != "norm" else None
     with graph.inserting_before(node):
         length = pyramid.length
         if isinstance(length, torch.SymInt):
@@ -95,7 +105,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         ]  # fmt: skip
         out = fakes[node]
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
-        if config.kernel == "auto" and out.device.type != "cuda":
+        if config.kernel == "auto" and not _on_gpu(call):
             inner = function(node.target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(

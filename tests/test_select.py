@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lighthouse_fx.kernels import REVISION, Pyramid, reference
+from lighthouse_fx.kernels.scorers import token_scores
 
 pytestmark = pytest.mark.usefixtures("kernels")
 OPS = torch.ops.lighthouse_fx
@@ -120,7 +121,7 @@ def test_random_scores_without_ties():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_norm_scores(dtype):
     q, k = torch.randn(2, 6, 31, 16).to(dtype), torch.randn(2, 3, 31, 16).to(dtype)
-    found = reference.token_scores(q, k, k, scorer="norm", dilation=1, is_causal=True, scale=None)
+    found = token_scores(q, k, k, scorer="norm", dilation=1, is_causal=True, scale=None)
     for score, expected in zip(found, brute_force.norm_scores(q, k), strict=True):
         assert score.dtype == torch.float32
         torch.testing.assert_close(score, torch.tensor(expected), rtol=1e-6, atol=0)
@@ -246,7 +247,7 @@ def test_no_gradient_passes_the_selection():
 )
 def test_dilated_scores(heads, groups, length, dilation, scale, is_causal):
     q, k, v = torch.randn(2, heads, length, 8), torch.randn(2, groups, length, 8), torch.randn(2, groups, length, 5)
-    found = reference.token_scores(q, k, v, scorer="dilated", dilation=dilation, is_causal=is_causal, scale=scale)
+    found = token_scores(q, k, v, scorer="dilated", dilation=dilation, is_causal=is_causal, scale=scale)
     expected = brute_force.dilated_scores(q, k, v, dilation, is_causal, scale)
     for score, oracle in zip(found, expected, strict=True):
         assert score.shape == (2, groups, length) and score.dtype == torch.float32
@@ -259,5 +260,5 @@ def test_dilated_selection(dtype):
     pyramid = dict(length=93, levels=3, pooling=3, topk=4, quota=2, keep_first=True)
     q, k, v = (torch.randn(2, heads, 93, 8).to(dtype) for heads in (4, 2, 2))
     found = select(q, k, v, scorer="dilated", dilation=5, **pyramid)
-    scores = reference.token_scores(q, k, v, scorer="dilated", dilation=5, is_causal=True, scale=None)
+    scores = token_scores(q, k, v, scorer="dilated", dilation=5, is_causal=True, scale=None)
     assert_same(found, brute_force.select_all(*(s.tolist() for s in scores), **pyramid), 93, 3, 3)
