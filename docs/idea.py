@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import ConnectionPatch, Polygon, Rectangle
 
-from lighthouse_fx.kernels import Pyramid, select
+from lighthouse_fx.kernels import REVISION, Pyramid, select
 
 PYRAMID = Pyramid(length=64, levels=3, pooling=4, topk=2)
 COLOURS = ("#f2a541", "#5b8fd6", "#2f4b7c")  # by level, tokens first
@@ -27,7 +27,7 @@ def selection() -> list[tuple[int, int]]:
     """The entries `(level, index)` in order, for random queries and keys."""
     torch.manual_seed(19)
     q, k = torch.randn(2, 1, 1, PYRAMID.length, 8).unbind()
-    entries, _ = select(q, k, k, 3, 4, 2, 0, True, "norm", 64, True, None)
+    entries, _ = select(q, k, k, 3, 4, 2, 0, True, "norm", 64, True, None, REVISION)
     found = []
     for number in entries.flatten().tolist():
         level = max(level for level in range(PYRAMID.levels) if number >= PYRAMID.offset(level))

@@ -1,0 +1,85 @@
+"""The `gla` scorer, and the choice of the stock attention kernel, as far as a CPU shows them."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lighthouse_fx
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.kernels import scorers
+
+FIELDS = dict(levels=2, pooling=4, topk=4)
+
+
+def inputs(length=64, dtype=torch.float32):
+    return [torch.randn(1, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+
+
+def by_definition(q, k, v, scale):
+    """Norms of `scale * sum over j <= i of decay^(i-j) (q_i . k_j) v_j`, with every pair of tokens."""
+    age = torch.arange(q.shape[2], dtype=torch.float64)
+    decay = (scorers.DECAY ** (age[:, None] - age)).tril()
+    return ((q.double() @ k.double().mT * decay * scale) @ v.double()).norm(dim=-1)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_gla_scores(length):
+    q, k, v = (x.detach() for x in inputs(length))
+    found = scorers.token_scores(q, k, v, scorer="gla", dilation=1, is_causal=True, scale=0.3)
+    wide_k, wide_v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    for score, (a, b) in zip(found, ((q, wide_k), (wide_k, q)), strict=True):
+        expected = by_definition(a, b, wide_v, 0.3).unflatten(1, (2, 2)).amax(2)
+        torch.testing.assert_close(score.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gla_compiled_is_the_functional_form():
+    config = LighthouseConfig(**FIELDS, scorer="gla")
+    q, k, v = inputs()
+    expected = lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True, config=config)
+    other = lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True, config=LighthouseConfig(**FIELDS))
+    assert not torch.allclose(expected, other)  # it selects other windows
+    compiled = torch.compile(attention, backend="lighthouse", options={**FIELDS, "scorer": "gla"}, fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is not None, reason="fla-core is installed")
+def test_gla_on_a_gpu_names_the_extra():
+    with pytest.raises(ImportError, match=r"lighthouse-fx\[gla\]"):
+        scorers.require_fla()
+
+
+def attention(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_kernel_that_a_cpu_has():
+    q, k, v = inputs()
+    expected = lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True, config=LighthouseConfig(**FIELDS))
+    compiled = torch.compile(attention, backend="lighthouse", options={**FIELDS, "kernel": "math"}, fullgraph=True)
+    out = compiled(q, k, v)
+    assert lighthouse_fx.reports()[-1].rewritten == 1
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "efficient"])
+@pytest.mark.parametrize("form", ["compiled", "functional"])
+def test_kernel_that_a_cpu_has_not_is_an_error(form, kernel):
+    if form == "compiled":
+        function = torch.compile(attention, backend="lighthouse", options={**FIELDS, "kernel": kernel})
+    else:
+        config = LighthouseConfig(**FIELDS, kernel=kernel)
+
+        def function(q, k, v):
+            return lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True, config=config)
+
+    with pytest.raises(Exception, match=f"kernel='{kernel}' cannot attend"):
+        function(*inputs())
+
+
+def test_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel='fast' is not a known kernel: use one of 'auto', 'cudnn'"):
+        LighthouseConfig(kernel="fast")
