@@ -1,8 +1,25 @@
-"""Which shapes the ops take, said once for the functional form (an error) and for the compiler pass (a refusal)."""
+"""Which tensors the ops take, said once for the functional form (an error) and for the compiler pass (a refusal)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DIMENSIONS = ("batch entries", "heads", "tokens", "head dimensions")
+
+
+def tensor_problem(name: str, x: Tensor) -> str | None:
+    """What is wrong with one of query, key and value apart from its shape, with the remedy, or None."""
+    if x.is_nested:
+        return f"{name} is a nested tensor: pad the batch to one length, such as {name}.to_padded_tensor(0.0), or pack it"
+    if x.layout != torch.strided:
+        return f"{name} has layout {x.layout}: give a dense tensor, such as {name}.to_dense()"
+    if x.dtype not in _DTYPES:
+        return f"{name} has dtype {x.dtype}: give float16, bfloat16, float32 or float64, such as {name}.float()"
+    return None
 
 
 def shape_problem(query: Sequence[int], key: Sequence[int], value: Sequence[int], *, enable_gqa: bool) -> str | None:
@@ -14,6 +31,9 @@ def shape_problem(query: Sequence[int], key: Sequence[int], value: Sequence[int]
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) != 4:
             return f"{name} has shape {_show(shape)}, not 4 dimensions: give [batch, heads, tokens, head dimension]"
+        for size, what in zip(shape, _DIMENSIONS, strict=True):
+            if isinstance(size, int) and size == 0:  # a symbolic size is never 0: torch.compile makes that a constant
+                return f"{name} has shape {_show(shape)}, so no {what}: give at least one"
     if not query[0] == key[0] == value[0]:
         return f"batch sizes differ: query {query[0]}, key {key[0]}, value {value[0]}: give all the same batch"
     if key[1] != value[1]:

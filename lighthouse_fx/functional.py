@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .config import LighthouseConfig
 from .kernels import Pyramid, attend
-from .kernels.shapes import shape_problem
+from .kernels.shapes import shape_problem, tensor_problem
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def lighthouse_attention(
     Source: SPEC.md, "The four stages".
     """
     config = LighthouseConfig() if config is None else config
-    _check(query, key, value, scale, enable_gqa, dropout_p, config)
+    _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
+    _check_tensors(query, key, value, enable_gqa=enable_gqa)
     pyramid = Pyramid(
         length=query.shape[2],
         levels=config.levels,
@@ -72,28 +74,48 @@ def lighthouse_attention(
         scale=scale,
         enable_gqa=enable_gqa,
         dropout_p=dropout_p,
+        kernel=config.kernel,
     )
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    enable_gqa: bool,
-    dropout_p: float,
-    config: LighthouseConfig,
-) -> None:
+def _check_numbers(*, is_causal: Any, enable_gqa: Any, scale: Any, dropout_p: Any, config: Any) -> None:
     if not isinstance(config, LighthouseConfig):
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}={flag!r} is a {type(flag).__name__}: give True or False")
+    if not _is_number(dropout_p):
+        raise TypeError(
+            f"dropout_p={dropout_p!r} is a {type(dropout_p).__name__}: give a number from 0 to 1, such as dropout_p=0.0"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(
+            f"dropout_p={dropout_p} is not a probability: give a number from 0 to 1, such as dropout_p=0.0"
+        )
+    if scale is None:
+        return
+    if not _is_number(scale):
+        raise TypeError(
+            f"scale={scale!r} is a {type(scale).__name__}: give a number (float(scale) of a tensor), "
+            "or None for 1/sqrt(head dimension)"
+        )
+    if not abs(scale) < math.inf:  # which torch.compile can trace with a dynamic scale; isfinite it cannot
+        raise ValueError(f"scale={scale} is not finite: give a finite number, or None for 1/sqrt(head dimension)")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: bool) -> None:
     tensors = {"query": query, "key": key, "value": value}
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(
                 f"{name}={x!r} is a {type(x).__name__}: give a tensor [batch, heads, tokens, head dimension]"
             )
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}: give a floating-point tensor, such as {name}.float()")
+        if problem := tensor_problem(name, x):
+            raise TypeError(problem)
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=enable_gqa):
         raise ValueError(problem)
     for what, found in (
@@ -104,9 +126,3 @@ def _check(
             raise ValueError(
                 f"query, key and value differ in {what}: {', '.join(map(str, found))}: convert them with .to({found[0]})"
             )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(
-            f"dropout_p={dropout_p} is not a probability: give a number from 0 to 1, such as dropout_p=0.0"
-        )
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} is not finite: give a finite number, or None for 1/sqrt(head dimension)")
