@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as markup
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import networkx as nx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from . import picture
+from .kernels.dispatch import serving
 from .passes import AttentionCall
 from .passes.call import fake
 from .passes.find import is_attention, module_path
@@ -23,6 +25,13 @@ from .passes.regions import Region, regions
 from .passes.rewrite import REWRITTEN_FROM
 
 Shape = tuple[int | str, ...]
+
+_COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense FLOPs", "ops", "rewritten")
+_NOTHING_TRACED = "nothing was traced: no tensor operation ran where torch.compile could see it"
+_NO_ATTENTION = (
+    "no attention call was found: the model has to call torch.nn.functional.scaled_dot_product_attention "
+    "(in transformers, attn_implementation='sdpa')"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +44,7 @@ class AttentionRecord:
         is_causal: as computed, so true where a mask was proved to be causal.
         length: N; gathered: S, None where the call was refused before S was known.
         flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
+        ops: what serves the ops of a rewritten call on its device, "Triton" or "plain PyTorch"; "" where it is dense.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -51,6 +61,7 @@ class AttentionRecord:
     rewritten: bool
     reason: str
     remedy: str
+    ops: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,10 +88,11 @@ class GraphReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Report:
-    """All graphs of a model. `print(report)` shows the table."""
+    """All graphs of a model. `print(report)` shows the table; `notes` say what a reader of it has to know besides."""
 
     graphs: tuple[GraphReport, ...]
     title: str = "lighthouse"
+    notes: tuple[str, ...] = ()
 
     @property
     def calls(self) -> tuple[AttentionRecord, ...]:
@@ -95,27 +107,23 @@ class Report:
     def table(self) -> Table:
         """The calls as a rich table."""
         title = f"{self.title}: {self.rewritten} of {len(self.calls)} attention calls rewritten"
-        table = Table(title=title, title_justify="left")
-        for column in ("module", "source", "query", "key/value heads", "causal", "N", "S", "dense FLOPs", "rewritten"):
+        # Text, because brackets in a plain string are markup to rich: the shape [s77, 4, 64] would be lost.
+        table = Table(title=Text(title), title_justify="left", caption_justify="left")
+        table.caption = Text("\n".join(f"note: {note}" for note in self.notes)) if self.notes else None
+        columns, rows = self._cells()
+        for column in columns:
             table.add_column(column, overflow="fold")
-        for row in self._rows():
-            table.add_row(*row, style=None if row[-1] == "yes" else "yellow")
+        for row in rows:
+            table.add_row(*map(Text, row), style=None if row[-1] == "yes" else "yellow")
         return table
 
-    def _rows(self) -> Iterable[tuple[str, ...]]:
-        for call in self.calls:
-            outcome = "yes" if call.rewritten else f"no: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
-            yield (
-                call.module or "-",
-                _short_source(call.source),
-                f"{_show(call.query)} {call.dtype}",
-                str(call.key[1]) if len(call.key) == 4 else "-",
-                "yes" if call.is_causal else "no",
-                _or_dash(call.length),
-                _or_dash(call.gathered),
-                "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
-                outcome,
-            )
+    def _cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Columns and rows of the table. The ops are told where there are any; a table without calls says so."""
+        if not self.calls:
+            reason = _NO_ATTENTION if self.graphs else _NOTHING_TRACED
+            return ("module", "rewritten"), [("-", f"no: {reason}")]
+        shown = [n for n, column in enumerate(_COLUMNS) if column != "ops" or self.rewritten]
+        return [_COLUMNS[n] for n in shown], [[row[n] for n in shown] for row in map(_row, self.calls)]
 
     def print(self, console: Console | None = None) -> None:
         """Print the table."""
@@ -129,6 +137,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: calls and graphs (networkx node-link form)."""
         return {
+            "title": self.title,
+            "notes": list(self.notes),
             "rewritten": self.rewritten,
             "calls": [asdict(call) for call in self.calls],
             "graphs": [
@@ -141,10 +151,14 @@ class Report:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Save a picture (`.svg`, `.html`: self-contained) or the data (`.json`).
+        """Save a picture of the graphs before and after, or the data.
+
+        Args:
+            path: `.svg`: the graph with the most rewritten calls; `.html`: the table and all graphs; `.json`: `to_dict()`.
+                Each is one file that needs no other. Missing folders are made.
 
         Raises:
-            ValueError: for another suffix, or where there is no graph to draw.
+            ValueError: for another suffix, or where nothing was traced.
         """
         path = Path(path)
         writers: dict[str, Callable[[], str]] = {
@@ -165,17 +179,39 @@ class Report:
         return [self.title if count == 1 else f"{self.title}, graph {n} of {count}" for n in range(1, count + 1)]
 
     def _svg(self) -> str:
-        best = max(self.graphs, key=lambda graph: (graph.rewritten, len(graph.calls)))
-        return picture.draw(best.before, best.after, title=self.title, subtitle=best.summary())
+        title, best = max(
+            zip(self._titles(), self.graphs, strict=True), key=lambda pair: (pair[1].rewritten, len(pair[1].calls))
+        )
+        # The picture counts; what precedes a colon is the kind of reason, and the details are the table's.
+        reasons = dict.fromkeys(call.reason.partition(":")[0] for call in best.calls if not call.rewritten)
+        subtitle = f"left dense: {'; '.join(reasons)}" if reasons else ""
+        return picture.draw(best.before, best.after, title=title, subtitle=subtitle)
 
     def _html(self) -> str:
         pages = [(title, g.before, g.after) for title, g in zip(self._titles(), self.graphs, strict=True)]
-        heads = "".join(f"<th>{column.header}</th>" for column in self.table().columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in self._rows()
-        )
-        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        columns, rows = self._cells()
+        head = "".join(f"<th>{markup.escape(column)}</th>" for column in columns)
+        body = "".join("<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        notes = "".join(f"<p>Note: {markup.escape(note)}</p>" for note in self.notes)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
         return picture.html(pages, table, title=self.title)
+
+
+def _row(call: AttentionRecord) -> tuple[str, ...]:
+    """One call's cells, in the order of `_COLUMNS`."""
+    outcome = "yes" if call.rewritten else f"no: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
+    return (
+        call.module or "-",
+        _short_source(call.source),
+        f"{_show(call.query)} {call.dtype}".rstrip(),
+        str(call.key[1]) if len(call.key) == 4 else "-",
+        "yes" if call.is_causal else "no",
+        _or_dash(call.length),
+        _or_dash(call.gathered),
+        "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
+        call.ops or "-",
+        outcome,
+    )
 
 
 # --- from a graph -----------------------------------------------------------------------------------------------------
@@ -201,6 +237,7 @@ def record(call: AttentionCall) -> AttentionRecord:
         rewritten=call.refusal is None,
         reason=call.refusal.reason if call.refusal else "",
         remedy=call.refusal.remedy if call.refusal else "",
+        ops=serving(query.device) if query is not None and call.refusal is None else "",
     )
 
 

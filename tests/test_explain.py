@@ -10,7 +10,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 import torch
-from small_models import CONFIG, FIELDS, Model, inputs, passes_only
+from small_models import CONFIG, FIELDS, Block, Model, inputs, passes_only
+from torch import nn
 
 import lighthouse_fx
 
@@ -57,6 +58,156 @@ def test_a_compiled_model_can_be_explained():
     model = torch.compile(Model(2), backend=passes_only, options=FIELDS)
     report = lighthouse_fx.explain(model, inputs(), config=CONFIG)
     assert [call.module for call in report.calls] == ["layers.0.attn", "layers.1.attn"]
+
+
+def test_options_of_a_compiled_model_are_found():
+    for compiled in (
+        torch.compile(Model(2), backend="lighthouse", options={**FIELDS, "dense_layers": (0,), "max_autotune": True}),
+        torch.compile(Model(2).forward, backend="lighthouse", options={**FIELDS, "dense_layers": (0,)}),
+    ):
+        report = lighthouse_fx.explain(compiled, inputs())
+        assert [call.rewritten for call in report.calls] == [False, True] and not report.notes
+    assert report.title == "forward"
+    assert lighthouse_fx.explain(compiled, inputs(), config=CONFIG).rewritten == 2
+
+
+def test_dynamic_shapes_of_a_compiled_model_are_kept():
+    compiled = torch.compile(Model(1), backend="lighthouse", options=FIELDS, dynamic=True)
+    report = lighthouse_fx.explain(compiled, inputs())
+    query = report.calls[0].query
+    assert isinstance(query[2], str) and query[1] == 4
+    assert f"[{query[0]}, 4, {query[2]}, 8]" in str(report)  # brackets are markup to rich
+
+
+def test_options_of_compiled_blocks_are_found():
+    model = Model(3)
+    model.layers[0].compile(backend="inductor")
+    model.layers[1].compile(backend="lighthouse", options=FIELDS)
+    report = lighthouse_fx.explain(nn.Sequential(model), inputs())  # below a wrapper, such as DDP
+    assert [call.rewritten for call in report.calls] == [False, True, False]
+    assert report.calls[0].reason == "compiled with backend='inductor'"
+    assert report.calls[2].reason == "not compiled, while other modules are"
+
+
+def test_blocks_that_differ_are_noted():
+    model = Model(2)
+    for topk, block in zip((8, 4), model.layers, strict=True):
+        block.compile(backend="lighthouse", options={**FIELDS, "topk": topk})
+    report = lighthouse_fx.explain(model, inputs())
+    assert "2 different sets of options" in report.notes[0] and report.notes[0] in " ".join(str(report).split())
+    assert lighthouse_fx.explain(model.layers[1], inputs()).calls[0].gathered == 32
+
+    for block in model.layers:
+        block.compile(backend="lighthouse", options={**FIELDS, "dense_layers": (0,)})
+    assert "do not know their place" in lighthouse_fx.explain(model, inputs()).notes[0]
+
+
+def test_another_backend_is_noted(tmp_path):
+    report = lighthouse_fx.explain(torch.compile(Model(1), backend="aot_eager"), inputs())
+    (note,) = report.notes
+    assert "backend='aot_eager'" in note and report.title == "Model" and report.to_dict()["notes"] == [note]
+    assert "aot_eager" in report.save(tmp_path / "x.html").read_text()
+    assert lighthouse_fx.explain(Model(1), inputs()).notes == ()
+
+
+class InPlace(nn.Module):
+    """Writes to what a graph returned, in the next graph or in eager code."""
+
+    def __init__(self, eager):
+        super().__init__()
+        self.first, self.second, self.eager = Block(), Block(), eager
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.eager:
+            return self.second(add_one(x))
+        torch._dynamo.graph_break()
+        x += 1
+        return self.second(x.mul_(2))
+
+
+@torch._dynamo.disable
+def add_one(x):
+    x += 1
+    assert x.requires_grad and not x.is_leaf and bool((x == 1).all())
+    return x
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("tokens", [64, 16384])  # the larger one is of lazily committed memory
+def test_in_place_ops_after_a_graph_break(eager, tokens):
+    report = lighthouse_fx.explain(InPlace(eager), inputs(tokens=tokens), config=CONFIG)
+    assert report.rewritten == len(report.graphs) == 2
+
+
+def test_outputs_larger_than_memory():
+    with torch.device("meta"):
+        weight = torch.ones(1, 1)
+    x = torch.ones(1, 1)
+    shape = (2**22, 2**22)  # 64 TiB
+    lighthouse_fx.explain(lambda x: x.expand(shape) + 1, x)
+    assert lighthouse_fx.explain(lambda x: x.expand(shape) + 1, weight).graphs
+
+
+class Stateful(Model):
+    def __init__(self):
+        super().__init__(1)
+        self.count, self.seen = 0, []
+        self.register_buffer("kept", torch.ones(1))
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(self.count)
+        self.fresh = x * 2
+        self.kept = x.sum()
+        return super().forward(x)
+
+
+def test_attributes_are_put_back():
+    model = Stateful()
+    kept = model.kept
+    for called in (model, lambda x: model(x)):
+        lighthouse_fx.explain(called, inputs(), config=CONFIG)
+        assert (model.count, model.seen, hasattr(model, "fresh")) == (0, [], False)
+        assert model.kept is kept
+
+
+def test_dynamo_learns_nothing():
+    """Neither sizes, which would become dynamic, nor graphs, which count towards the limit of recompilations."""
+
+    class Broken(Model):
+        def forward(self, x):
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model = Broken(1)
+    for tokens in range(64, 76):
+        report = lighthouse_fx.explain(model, inputs(tokens=tokens), config=CONFIG)
+        assert [call.query for call in report.calls] == [(2, 4, tokens, 8)] * 2
+    kept = len(lighthouse_fx.reports())
+    torch.compile(model, backend=passes_only, options=FIELDS)(inputs(tokens=96))
+    assert [call.length for graph in lighthouse_fx.reports()[kept:] for call in graph.calls] == [96, 96]
+
+
+def test_ops_tell_what_serves_them(report):
+    assert {call.ops for call in report.calls} == {"plain PyTorch"}
+    assert "plain PyTorch" in str(report) and report.to_dict()["calls"][0]["ops"] == "plain PyTorch"
+    dense = lighthouse_fx.explain(Model(1), inputs(tokens=9), config=CONFIG)
+    assert dense.calls[0].ops == "" and "ops" not in dense.table().columns[-2].header
+
+
+@pytest.mark.gpu
+def test_ops_on_a_gpu():
+    report = lighthouse_fx.explain(Model(1).cuda(), inputs().cuda(), config=CONFIG)
+    assert report.calls[0].ops == "Triton"
+
+
+def test_nothing_found_is_said(tmp_path):
+    report = lighthouse_fx.explain(nn.Linear(32, 32), inputs())
+    assert "no attention call was found" in str(report) and report.table().row_count == 1
+    assert "no attention call was found" in report.save(tmp_path / "x.html").read_text()
+    assert "nothing was traced" in str(lighthouse_fx.explain(lambda x: x, inputs()))
 
 
 def test_reasons_follow_the_state_of_the_model():
@@ -133,6 +284,19 @@ def test_files(report, tmp_path):
     data = json.loads(report.save(tmp_path / "graph.json").read_text())
     assert data["rewritten"] == 3 and data["calls"][0]["gathered"] == 48
     assert nx.node_link_graph(data["graphs"][0]["after"], edges="edges").number_of_nodes() > 10
+
+
+def test_the_picture_says_which_graph_and_why(tmp_path):
+    def function(model, x):
+        x = model(x)
+        torch._dynamo.graph_break()
+        return model(x)
+
+    config = lighthouse_fx.LighthouseConfig(**FIELDS, dense_layers=(0,))
+    report = lighthouse_fx.explain(function, Model(3), inputs(), config=config)
+    shown = ["".join(element.itertext()) for element in ET.parse(report.save(tmp_path / "x.svg")).iter()]
+    assert "function, graph 1 of 2" in shown
+    assert "2 of 3 attention calls rewritten · left dense: layer excluded" in shown  # counted once
 
 
 def test_bad_suffix(report, tmp_path):
