@@ -10,22 +10,26 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx
 
-from . import dynamo, journal, stage
+from . import dynamo, journal, running, stage
 from .config import LighthouseConfig, config_field_names
-from .passes import CALLS, DENSE, LAYERS, TRAINING, Refusal, run_passes
+from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
+from .passes.call import NO_GRADIENTS
+from .passes.check import unmatched
 from .report import GraphReport, as_networkx, mark_calls, record
+from .running import Compiled
 
 _log = logging.getLogger("lighthouse_fx")
 
 _DENSE_STAGE = Refusal(reason="the dense stage is on", remedy="leave lighthouse_fx.dense()")
-
-Compiled = Callable[..., Any]
+# While Dynamo compiles, inference mode looks like no_grad: it switches the one off and leaves the other on.
+_WITHOUT_GRADIENTS = Refusal(reason="gradients are off (no_grad or inference_mode)")
 
 
 def lighthouse(
@@ -48,9 +52,18 @@ def lighthouse(
     if mode is not None:
         patches |= dynamo.list_mode_options(mode)
     report, rewritten = rewrite(gm, example_inputs, config)
+    calls: Sequence[AttentionCall] = rewritten.meta[CALLS]
+    gradients = torch.is_grad_enabled()
+    modules = dynamo.Modules(rewritten)
+    around = [module for call in calls if not gradients for _, module in modules.around(call.node)]
     compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
-    return _running(compiled, report)
+    if not any(call.rewritable for call in calls):
+        return running.counted(compiled, report.calls) if calls else compiled
+    if gradients:
+        return running.staged(compiled, report.calls, config)
+    would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
+    return running.without_gradients(compiled, report.calls, around, rewritten=would)
 
 
 def rewrite(
@@ -63,18 +76,23 @@ def rewrite(
     """
     _artifact("before", gm)
     config = stage.current.resolve(own)
-    modules = dynamo.ModuleSources(gm)
-    refusal = _without_gradients()
-    if refusal is None:  # Dynamo guards on the gradient mode; the stage matters only where gradients are on
-        dynamo.guard_on_stage()
-        refusal = _DENSE_STAGE if config is None else None
-    if refusal is not None:
-        gm.meta[DENSE] = refusal
-    gm.meta[LAYERS] = modules.layer_counts()
-    gm.meta[TRAINING] = modules.training
+    gradients = torch.is_grad_enabled()
+    modules = dynamo.Modules(gm)
+    modules.name_nodes(gm)
+    gm.meta |= {LAYERS: modules.layer, TRAINING: modules.training}
+    if not gradients:
+        gm.meta[NO_GRADIENTS] = _WITHOUT_GRADIENTS
+    if config is None:
+        gm.meta[DENSE] = _DENSE_STAGE
     before = as_networkx(gm)
     gm = run_passes(gm, example_inputs, config=config or own)
+    del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
     calls = gm.meta[CALLS]
+    if gradients and any(call.rewritable for call in calls):  # Dynamo guards on the gradient mode
+        dynamo.guard_on_stage()
+        if config is not None:
+            _report_unmatched(config, modules, calls)
+    modules.name_nodes(gm)  # the new ones
     before = mark_calls(before, calls)
     report = GraphReport(calls=tuple(map(record, calls)), before=before, after=as_networkx(gm, calls))
     _log.info("%s", report.summary())
@@ -102,40 +120,15 @@ def split_options(options: Mapping[str, Any]) -> tuple[LighthouseConfig, dict[st
     return LighthouseConfig(**ours), rest
 
 
-def _without_gradients() -> Refusal | None:
-    if torch.is_inference_mode_enabled():
-        return Refusal(reason="inference mode")
-    if not torch.is_grad_enabled():
-        return Refusal(reason="gradients are off (no_grad)")
-    return None
-
-
-def _running(compiled: Compiled, report: GraphReport) -> Compiled:
-    """The compiled graph, counted when it runs; without gradients, refused inside a reentrant checkpoint.
-
-    Reentrant checkpointing runs the forward without gradients, so dense, and the recomputation with them, so rewritten:
-    the gradients would belong to another function than the loss. Only the run can see it.
-    """
-    if report.rewritten:
-
-        def run(*args: Any) -> Any:
-            journal.runs.rewritten += 1
-            return compiled(*args)
-
-        return run
-    if report.calls and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-
-        def checked(*args: Any) -> Any:
-            if stage.current.kind != "dense" and dynamo.in_reentrant_checkpoint():
-                raise RuntimeError(
-                    "reentrant activation checkpointing around a model compiled with backend='lighthouse' would compute a "
-                    "dense forward and a Lighthouse recomputation: call torch.utils.checkpoint.checkpoint(..., "
-                    "use_reentrant=False); in transformers, gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
-            return compiled(*args)
-
-        return checked
-    return compiled
+def _report_unmatched(config: LighthouseConfig, modules: dynamo.Modules, calls: Sequence[AttentionCall]) -> None:
+    """Warn of entries of `dense_layers` that mean nothing in the user's model."""
+    layers = {layer.path: layer for call in calls if (layer := modules.layer(call.node))}
+    names = set().union(*(modules.names(call.node) for call in calls if call.module))
+    found = [f"{layer.count} layers in {layer.path!r}, 0 to {layer.count - 1}" for layer in layers.values()]
+    if not found:
+        found = [f"attention in {', '.join(map(repr, dict.fromkeys(call.module for call in calls)))}"]
+    for wanted in unmatched(config, names, layers.values()):
+        warnings.warn(f"dense_layers has {wanted!r}, which matches nothing: there are {'; '.join(found)}", stacklevel=2)
 
 
 def _artifact(when: str, gm: fx.GraphModule) -> None:

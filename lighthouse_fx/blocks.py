@@ -1,12 +1,15 @@
 """`compile(model)`: compile a model's repeated blocks in place, the documented default.
 
 Block by block is how large models are compiled (one graph for all equal blocks, and what FSDP2 needs). A block's graph
-does not know its number, so layers stay dense by being compiled with Inductor alone.
+does not know its number, so layers stay dense by being compiled with Inductor alone. Each Lighthouse block notes at every
+training step whether its attention really was rewritten, because PyTorch may stop compiling without an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -14,10 +17,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from . import journal, stage
+from . import dynamo, journal, stage
 from .config import LighthouseConfig
+from .passes.call import Layer
+from .passes.check import excludes, unmatched
+from .report import AttentionRecord
 
 Model = TypeVar("Model", bound=nn.Module)
+
+DENSE_LAYERS = (0, 1, -2, -1)  # paper: the first and last two
 
 _configs: WeakKeyDictionary[nn.Module, LighthouseConfig] = WeakKeyDictionary()
 
@@ -26,7 +34,7 @@ def compile(
     model: Model,
     config: LighthouseConfig | None = None,
     *,
-    dense_layers: Sequence[int] = (0, 1, -2, -1),
+    dense_layers: Sequence[int | str] | None = None,
     strict: bool = True,
     **compile_arguments: Any,
 ) -> Model:
@@ -34,42 +42,41 @@ def compile(
 
     Args:
         config: the backend's options, `LighthouseConfig()` by default.
-        dense_layers: numbers of the blocks that stay dense; negative ones count from the end. Paper: the first and last two.
-        strict: raise if the first training step outside `dense()` runs no rewritten attention at all.
-        compile_arguments: passed on to `torch.compile`: `fullgraph`, `dynamic`; `options` for Inductor.
+        dense_layers: the blocks that stay dense: numbers, negative ones counting from the end, or patterns of their names,
+            such as "model.layers.3". By default those of `config`, and if it names none, the first and last two.
+        strict: raise if a Lighthouse block runs no rewritten attention in the first training step outside `dense()`. Where
+            that happens in a later step, a RuntimeWarning says so once, strict or not.
+        compile_arguments: passed on to `torch.compile`: `fullgraph`, `dynamic`, `mode`; `options` for Inductor.
 
     Returns:
-        The model itself. Its eager code and parameters are untouched.
+        The model itself. Its eager code and parameters are untouched. A copy of it (deepcopy, pickle) is not compiled.
 
     Raises:
-        ValueError: no repeated blocks, a layer number out of range, or no block left for Lighthouse.
+        TypeError, ValueError: a bad argument, no repeated blocks, an entry of `dense_layers` that matches none, or no block
+            left for Lighthouse.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r} is a {type(model).__name__}: give a Module, or use torch.compile on a function"
+        )
     config = LighthouseConfig() if config is None else config
     if not isinstance(config, LighthouseConfig):
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
-    blocks = repeated_blocks(model)
-    count = len(blocks)
-    for number in dense_layers:
-        if not isinstance(number, int) or not -count <= number < count:
-            raise ValueError(
-                f"dense_layers has {number!r}, and the model has {count} blocks: use -{count} to {count - 1}"
-            )
-    dense = {number % count for number in dense_layers}
-    if len(dense) == count:
-        raise ValueError(
-            f"dense_layers={tuple(dense_layers)} keeps all {count} blocks dense: leave some out, such as dense_layers=(0, -1)"
-        )
-    inductor = dict(compile_arguments.pop("options", None) or {})
+    if "backend" in compile_arguments:
+        raise TypeError(f"backend={compile_arguments['backend']!r} is not for here: the backend is 'lighthouse'")
+    names = _names_of_blocks(model)
+    config = replace(config, dense_layers=_chosen(config, dense_layers))
+    dense = _dense(config, list(names.values()))
+    arguments, inductor = _arguments(compile_arguments, len(names))
     ours = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "dense_layers"}
-    for number, block in enumerate(blocks):
-        if number in dense:
-            block.compile(backend="inductor", options=inductor or None, **compile_arguments)
+    watch = _Watch([name for name in names.values() if name not in dense], strict=strict)
+    for block, name in names.items():
+        if name in dense:
+            block.compile(backend="inductor", options=inductor or None, **arguments)
         else:
-            block.compile(backend="lighthouse", options={**ours, **inductor}, **compile_arguments)
-    names = {id(module): name for name, module in model.named_modules()}
-    _configs[model] = replace(config, dense_layers=tuple(names[id(blocks[number])] for number in sorted(dense)))
-    if strict:
-        _require_rewriting(model)
+            block.compile(backend="lighthouse", options={**ours, **inductor}, **arguments)
+            block._compiled_call_impl = _WatchedCall(block, name, watch)
+    _configs[model] = replace(config, dense_layers=tuple(name for name in names.values() if name in dense))
     return model
 
 
@@ -95,34 +102,139 @@ def repeated_blocks(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
 
 
-def _require_rewriting(model: nn.Module) -> None:
-    """At the first training step, compare how many rewritten graphs ran before and after."""
-    before: list[int] = []
+# --- arguments --------------------------------------------------------------------------------------------------------
 
-    def applies(module: nn.Module) -> bool:
-        # A tracer (explain) runs nothing, so there is nothing to count.
-        return (
-            not torch.compiler.is_compiling()
-            and module.training
-            and torch.is_grad_enabled()
-            and stage.current.kind != "dense"
+
+def _names_of_blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """The blocks in order, each with its name in the model; one that occurs twice is one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return {block: names[id(block)] for block in repeated_blocks(model)}
+
+
+def _chosen(config: LighthouseConfig, dense_layers: Any) -> tuple[int | str, ...]:
+    if dense_layers is None:
+        return config.dense_layers or DENSE_LAYERS
+    if config.dense_layers:
+        raise ValueError(
+            f"dense_layers={dense_layers!r}, and config has dense_layers={config.dense_layers!r}: give one of them"
         )
+    return replace(config, dense_layers=dense_layers).dense_layers
 
-    def start(module: nn.Module, args: Any) -> None:
-        before[:] = [journal.runs.rewritten] if applies(module) else []
 
-    def finish(module: nn.Module, args: Any, output: Any) -> None:
-        if not before or not applies(module):
+def _dense(config: LighthouseConfig, names: Sequence[str]) -> set[str]:
+    """The names of the blocks that stay dense."""
+    places = [Layer(path="", number=number, count=len(names)) for number in range(len(names))]
+    if missing := unmatched(config, names, places[:1]):
+        raise ValueError(
+            f"dense_layers has {missing[0]!r}, and the model has {len(names)} blocks, {names[0]} to {names[-1]}: use "
+            f"-{len(names)} to {len(names) - 1}, or patterns of these names"
+        )
+    dense = {
+        name
+        for name, place in zip(names, places, strict=True)
+        if any(excludes(wanted, module=name, layer=place) for wanted in config.dense_layers)
+    }
+    if len(dense) == len(names):
+        raise ValueError(
+            f"dense_layers={config.dense_layers} keeps all {len(names)} blocks dense: leave some out, such as "
+            "dense_layers=(0, -1)"
+        )
+    return dense
+
+
+def _arguments(given: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `torch.compile`, and options of Inductor."""
+    arguments = dict(given)
+    mode = arguments.pop("mode", None) or "default"  # torch takes mode or options, and options carry the config
+    if mode not in (modes := dynamo.list_mode_options()):
+        raise ValueError(f"mode={mode!r} is unknown: use one of {', '.join(map(repr, modes))}")
+    inductor = dynamo.list_mode_options(mode) | dict(arguments.pop("options", None) or {})
+    # Blocks that differ, in a layer's number say, need a graph each, and all count towards one limit.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not before torch 2.12
+        arguments.setdefault("recompile_limit", torch._dynamo.config.recompile_limit * count)
+    return arguments, inductor
+
+
+# --- what really ran --------------------------------------------------------------------------------------------------
+
+_CAUSES = (
+    "no graph with an attention call ran. Either they call no scaled_dot_product_attention (in transformers: "
+    "attn_implementation='sdpa'), or Dynamo's recompile limit was hit, after which code runs as it is written, dense. Then "
+    "give transformers models use_cache=False, which otherwise need a graph per layer; raise "
+    "torch._dynamo.config.recompile_limit before lighthouse_fx.compile; fullgraph=True makes the limit an error"
+)
+
+
+class _Watch:
+    """Whether each Lighthouse block of one model ran rewritten attention, step by step."""
+
+    def __init__(self, names: Sequence[str], *, strict: bool) -> None:
+        self.last = names[-1]
+        self.strict = strict
+        self.first = True
+        self.rewrote = False
+        self.warned = False
+        self.seen: set[str] = set()
+        self.missed: dict[str, str] = {}  # name -> why
+
+    def note(self, name: str, calls: Iterable[AttentionRecord]) -> None:
+        """A block ran, with these attention calls. When all have, the step is judged."""
+        if name in self.seen:
+            self._judge()  # the last block was left out
+        self.seen.add(name)
+        calls = list(calls)
+        if any(call.rewritten for call in calls):
+            self.rewrote = True
+        else:
+            self.missed[name] = "; ".join(dict.fromkeys(call.reason for call in calls)) or _CAUSES
+        if name == self.last:
+            self._judge()
+
+    def _judge(self) -> None:
+        missed, self.missed = self.missed, {}
+        self.seen.clear()
+        first, self.first = self.first, False
+        if not missed:
             return
-        opening.remove()
-        closing.remove()
-        if journal.runs.rewritten == before[0]:
-            reasons = dict.fromkeys(call.reason for graph in journal.reports() for call in graph.calls if call.reason)
+        reasons = dict.fromkeys(missed.values())
+        why = ". ".join(f"{', '.join(n for n in missed if missed[n] == reason)}: {reason}" for reason in reasons)
+        if first and self.strict:
             raise RuntimeError(
-                "strict=True: no attention was rewritten in the first training step"
-                + (f"; reasons: {'; '.join(reasons)}" if reasons else "; no attention call was found")
-                + ". See lighthouse_fx.reports(), or pass strict=False"
+                f"strict=True: in the first training step {len(missed)} Lighthouse blocks ran no rewritten attention. {why}. "
+                "See lighthouse_fx.reports(), or pass strict=False"
+            )
+        if self.rewrote and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"in a training step {len(missed)} Lighthouse blocks ran no rewritten attention, while others did or they did "
+                f"before. {why}. This is said once",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
-    opening = model.register_forward_pre_hook(start)
-    closing = model.register_forward_hook(finish)
+
+class _WatchedCall:
+    """A block's compiled call, observed from outside the graph. Everything else about it is that of the compiled call."""
+
+    def __init__(self, block: nn.Module, name: str, watch: _Watch) -> None:
+        self.compiled = block._compiled_call_impl
+        self.block, self.name, self.watch = block, name, watch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.compiled is not None
+        if not (self.block.training and torch.is_grad_enabled() and stage.current.kind != "dense"):
+            return self.compiled(*args, **kwargs)
+        with journal.watch() as calls:
+            out = self.compiled(*args, **kwargs)
+        if _trains(out):
+            self.watch.note(self.name, calls)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.compiled, name)
+
+
+def _trains(out: Any) -> bool:
+    """Whether something trains through a block's output: not where frozen layers only pass data on."""
+    tensors = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+    return not tensors or any(x.requires_grad for x in tensors)

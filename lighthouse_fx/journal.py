@@ -7,9 +7,11 @@ because only that tells whether rewritten graphs really took part in a step.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .report import GraphReport
+from .report import AttentionRecord, GraphReport
 
 _KEPT = 256
 
@@ -23,6 +25,7 @@ class Runs:
 
 runs = Runs()
 _reports: deque[GraphReport] = deque(maxlen=_KEPT)
+_watching: list[list[AttentionRecord]] = []
 
 
 def add(report: GraphReport) -> None:
@@ -36,3 +39,21 @@ def reports() -> tuple[GraphReport, ...]:
     Each has its attention calls, rewritten or with the reason why not, and the graph before and after.
     """
     return tuple(_reports)
+
+
+def ran(calls: Sequence[AttentionRecord]) -> None:
+    """A graph with these attention calls is about to run."""
+    runs.rewritten += any(call.rewritten for call in calls)
+    for seen in _watching:
+        seen.extend(calls)
+
+
+@contextmanager
+def watch() -> Iterator[list[AttentionRecord]]:
+    """Collect the attention calls of all graphs that run meanwhile."""
+    seen: list[AttentionRecord] = []
+    _watching.append(seen)
+    try:
+        yield seen
+    finally:
+        del _watching[next(place for place, other in enumerate(_watching) if other is seen)]

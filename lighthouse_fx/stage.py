@@ -7,14 +7,17 @@ this module's two names, because a guard can reach a module attribute from any f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager
+import inspect
+from collections.abc import Callable
+from contextlib import ContextDecorator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from .config import LighthouseConfig, check_fields
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,17 +35,56 @@ class Stage:
         return replace(self.config or own, **dict(self.fields))
 
     def __str__(self) -> str:
-        """Says all that a graph depends on: it is what graphs are guarded by, and what TORCH_LOGS=recompiles shows."""
+        """Says all that a graph depends on: it is what graphs are guarded by, and what TORCH_LOGS=recompiles shows.
+
+        Stages that mean the same are spelled the same: `pretraining()` is the default.
+        """
         given = [repr(self.config)] if self.config else [f"{name}={value!r}" for name, value in self.fields]
-        return f"{self.kind}({', '.join(given)})"
+        return f"{'dense' if self.kind == 'dense' else 'pretraining'}({', '.join(given)})"
 
 
-class Context(AbstractContextManager[None], ContextDecorator):
-    """What `pretraining` and `dense` return: a context manager that is a decorator too (for type checkers)."""
-
-
-current = Stage(kind="default")
+_DEFAULT = Stage(kind="default")
+_entered: list[tuple[Context, Stage]] = []  # contexts that are on, the one entered last at the end
+current = _DEFAULT
 key = str(current)
+
+
+class Context(ContextDecorator):
+    """What `pretraining` and `dense` return: a context manager and decorator, which may be entered again while it is on.
+
+    The stage is that of the context entered last among those not left yet, in whichever order they are left.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+
+    def __call__(self, func: Function) -> Function:
+        """Decorate a function: the stage is on while it runs.
+
+        Raises:
+            TypeError: for a generator or an async function, whose body runs only after the call.
+        """
+        kinds = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+        if any(is_kind(func) for is_kind in kinds):
+            raise TypeError(
+                f"{getattr(func, '__qualname__', func)} is a generator or async function, whose body runs when the stage "
+                "is off again: write the with statement inside it"
+            )
+        return super().__call__(func)
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_compiling():
+            # A graph is compiled for the stage in which it is traced; a stage that changes inside it would go unseen.
+            raise RuntimeError(
+                "the stage was entered inside a compiled function: enter pretraining() or dense() around the compiled call"
+            )
+        _entered.append((self, self._stage))
+        _update()
+
+    def __exit__(self, *error: object) -> None:
+        last = max(place for place, (context, _) in enumerate(_entered) if context is self)
+        del _entered[last]
+        _update()
 
 
 def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> Context:
@@ -52,7 +94,8 @@ def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> 
         config: takes the place of the backend's own options, all of them.
         overrides: single fields of `LighthouseConfig`, laid over `config`, or over the backend's own options without one.
 
-    Without arguments the backend's own options hold (inside a `dense()` block, say). Contexts nest.
+    Without arguments the backend's own options hold (inside a `dense()` block, say). Contexts nest. Keep the backward
+    inside the context, as activation checkpointing runs the forward again there; another stage there is an error.
 
     Raises:
         TypeError, ValueError: at the call, naming the argument, its value and the remedy.
@@ -61,42 +104,23 @@ def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> 
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig, or fields by name")
     check_fields(overrides)
     if config is not None:
-        config = replace(config, **overrides)
-        overrides = {}
-    names = [field.name for field in fields(LighthouseConfig) if field.name in overrides]
-    return _during(
-        Stage(kind="pretraining", config=config, fields=tuple((name, _frozen(overrides[name])) for name in names))
-    )
+        return Context(Stage(kind="pretraining", config=replace(config, **overrides)))
+    # Fields that limit each other are judged together. What is not given is the backend's, so it is taken as lenient.
+    lenient = {"levels": 1, "pooling": 2} | overrides
+    if "topk" not in overrides:
+        lenient.pop("quota", None)
+    checked = LighthouseConfig(**lenient)
+    given = {name: getattr(checked, name) for name in overrides} | {n: overrides[n] for n in overrides if n == "quota"}
+    names = [field.name for field in fields(LighthouseConfig) if field.name in given]
+    return Context(Stage(kind="pretraining", fields=tuple((name, given[name]) for name in names)))
 
 
 def dense() -> Context:
     """Turn Lighthouse attention off: stage 2, or a dense validation inside stage 1. Context manager or decorator."""
-    return _during(Stage(kind="dense"))
+    return Context(Stage(kind="dense"))
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _during(stage: Stage) -> Context:
-    return cast(Context, _entered(stage))
-
-
-@contextmanager
-def _entered(stage: Stage) -> Iterator[None]:
-    if torch.compiler.is_compiling():
-        # A graph is compiled for the stage in which it is traced; a stage that changes inside it would go unseen.
-        raise RuntimeError(
-            "the stage was entered inside a compiled function: enter pretraining() or dense() around the compiled call"
-        )
-    before = current
-    _set(stage)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(stage: Stage) -> None:
+def _update() -> None:
     global current, key
-    current, key = stage, str(stage)
+    current = _entered[-1][1] if _entered else _DEFAULT
+    key = str(current)

@@ -1,7 +1,8 @@
 """What the passes know of one attention call, and how they hand it on.
 
 Passes change nothing but the graph; what they learn travels in `gm.meta[CALLS]`, a tuple with one frozen `AttentionCall`
-per attention found, in graph order. `gm.meta[DENSE]`, `[LAYERS]` and `[TRAINING]` come from the backend.
+per attention found, in graph order. What the other keys hold comes from the backend; without it the passes take every call
+for one that trains, in no known layer.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import fx
 from .regions import Region
 
 CALLS = "lighthouse_calls"
-DENSE = "lighthouse_dense"  # a Refusal that holds for the whole graph
-LAYERS = "lighthouse_layers"  # dict: path of a module list -> its length
-TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains
+NO_GRADIENTS = "lighthouse_no_gradients"  # a Refusal: the whole graph is traced without gradients
+DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
+LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
+TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
+MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +33,21 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A place in a list of layers: the list's path in the model, the number in it, and how many there are."""
+
+    path: str
+    number: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """One attention call, its arguments as nodes or constants, and what became of it.
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
     the nodes that built it, each with its region.
+    `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
 
@@ -51,6 +64,7 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    rewritable: bool = False
     gathered: Any = None
     refusal: Refusal | None = None
 

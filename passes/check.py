@@ -5,8 +5,7 @@ out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; it
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,22 +17,26 @@ from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
 from ..kernels.shapes import shape_problem
-from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, constant, fake, for_each_call
-
-_NUMBERED = re.compile(r"^(.*?)\.?\b(\d+)(?:\.|$)")
+from .call import DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
 
 
 def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
-    """Give every call its gathered length, or the reason why it stays dense."""
-    if refusal := gm.meta.get(DENSE):
-        for_each_call(gm, lambda call: replace(call, refusal=refusal))
-        return gm
-    counts = _layer_counts(gm)
+    """Give every call its gathered length, or the reason why it stays dense.
+
+    What depends on the stage comes last: a graph without rewritable calls is the same in every stage.
+    """
     trains = gm.meta.get(TRAINING, lambda node: True)
-    for_each_call(gm, lambda call: _exclude(call, config, counts))
-    for_each_call(gm, lambda call: call if trains(call.node) else call.refuse("its module is in eval mode"))
+    layer = gm.meta.get(LAYERS, lambda node: None)
     for_each_call(gm, _supported)
-    for_each_call(gm, lambda call: _worthwhile(call, config))
+    if (without := gm.meta.get(NO_GRADIENTS)) is None:
+        for_each_call(gm, lambda call: _trains(call, trains))
+    for_each_call(gm, lambda call: replace(call, rewritable=True))
+    if without is None and (refusal := gm.meta.get(DENSE)):
+        for_each_call(gm, lambda call: replace(call, refusal=refusal))
+    for_each_call(gm, lambda call: _exclude(call, config, layer(call.node)))
+    for_each_call(gm, lambda call: _worthwhile(call, config, guard=without is None))
+    if without is not None:  # last, so that it is left to calls that would be rewritten but for this
+        for_each_call(gm, lambda call: replace(call, refusal=without))
     return gm
 
 
@@ -54,35 +57,45 @@ def pyramid_of(call: AttentionCall, config: LighthouseConfig) -> Pyramid:
 # --- layers that are to stay dense ------------------------------------------------------------------------------------
 
 
-def _layer_counts(gm: fx.GraphModule) -> dict[str, int]:
-    """How many layers each module list has: as the backend says, otherwise as far as this graph shows."""
-    counts: dict[str, int] = {}
-    for call in gm.meta[CALLS]:
-        if found := _NUMBERED.match(call.module):
-            counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
-    known: Mapping[str, int] = gm.meta.get(LAYERS, {})
-    return counts | {path: count for path, count in known.items() if path in counts}
+def excludes(wanted: int | str, *, module: str, layer: Layer | None) -> bool:
+    """Whether an entry of `dense_layers` means a module: a pattern by its path, a number by its layer."""
+    if isinstance(wanted, str):
+        return fnmatchcase(module, wanted) or fnmatchcase(module, f"{wanted}.*")
+    return layer is not None and wanted in (layer.number, layer.number - layer.count)
 
 
-def _exclude(call: AttentionCall, config: LighthouseConfig, counts: Mapping[str, int]) -> AttentionCall:
+def unmatched(config: LighthouseConfig, names: Iterable[str], layers: Iterable[Layer]) -> list[int | str]:
+    """The entries of `dense_layers` that mean no module of a model at all.
+
+    Args:
+        names: paths of the model's modules; layers: a layer of each of its lists of layers.
+    """
+    names, layers = list(names), list(layers)
+    return [
+        wanted
+        for wanted in config.dense_layers
+        if (
+            names and not any(excludes(wanted, module=name, layer=None) for name in names)
+            if isinstance(wanted, str)
+            else layers and not any(-layer.count <= wanted < layer.count for layer in layers)
+        )
+    ]
+
+
+def _exclude(call: AttentionCall, config: LighthouseConfig, layer: Layer | None) -> AttentionCall:
     for wanted in config.dense_layers:
-        if isinstance(wanted, str):
-            if fnmatchcase(call.module, wanted) or fnmatchcase(call.module, f"{wanted}.*"):
-                return call.refuse(f"layer excluded: {wanted!r} is in dense_layers")
-            continue
-        found = _NUMBERED.match(call.module)
-        if len(call.region.callers) > 1:
+        if isinstance(wanted, int) and len(call.region.callers) > 1:
             return call.refuse(
                 f"dense_layers has the number {wanted}, and several layers share this call's subgraph",
                 "name the layers by a pattern, or compile without nested_compile_region",
             )
-        if not found:
+        if isinstance(wanted, int) and layer is None:
             return call.refuse(
                 f"dense_layers has the number {wanted}, and this call's layer has none in this graph",
                 "compile the whole model, or let lighthouse_fx.compile(model, dense_layers=...) choose the blocks",
             )
-        if int(found[2]) == (wanted if wanted >= 0 else counts[found[1]] + wanted):
-            return call.refuse(f"layer excluded: {wanted} is in dense_layers")
+        if excludes(wanted, module=call.module, layer=layer):
+            return call.refuse(f"layer excluded: {wanted!r} is in dense_layers")
     return call
 
 
@@ -109,9 +122,20 @@ def _supported(call: AttentionCall) -> AttentionCall:
         return call.refuse(problem)
     if not query.is_floating_point():
         return call.refuse(f"dtype {query.dtype} is not floating point")
-    if not out.requires_grad:
-        return call.refuse("needs no gradient: nothing trains through this call")
     return call
+
+
+def _trains(call: AttentionCall, trains: Callable[[fx.Node], bool | None]) -> AttentionCall:
+    out = fake(call.node)
+    if out is None or not out.requires_grad:
+        return call.refuse("needs no gradient: nothing trains through this call")
+    training = trains(call.node)
+    if training is None:
+        return call.refuse(
+            "a module calls it from outside this graph, and eval() of that module would go unseen",
+            "compile the module, not the function; if it is compiled, the graph breaks before: TORCH_LOGS=graph_breaks",
+        )
+    return call if training else call.refuse("its module is in eval mode")
 
 
 def _from_gather(node: Any) -> bool:
@@ -132,8 +156,10 @@ def _in_functorch(node: fx.Node) -> bool:
     return False
 
 
-def _worthwhile(call: AttentionCall, config: LighthouseConfig) -> AttentionCall:
+def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -> AttentionCall:
     pyramid = pyramid_of(call, config)
+    if isinstance(pyramid.length, torch.SymInt) and not guard:
+        return call
     length, gathered = pyramid.length, pyramid.gathered
     call = replace(call, gathered=gathered)
     # With dynamic shapes these comparisons become guards: crossing the boundary compiles once more.

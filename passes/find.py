@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .call import CALLS, AttentionCall
+from .call import CALLS, MODULE, AttentionCall
 from .regions import Region, regions
 
 _SDPA = frozenset(
@@ -85,16 +85,22 @@ def _function_name(target: Any) -> str:
 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module that a node was traced in, as `named_modules` spells it, or ""."""
+    if MODULE in node.meta:
+        return str(node.meta[MODULE])
     stack = node.meta.get("nn_module_stack") or {}
     return clean_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def clean_path(source: str) -> str:
-    """`L['self']._modules['layers']._modules['0'].attn` -> `layers.0.attn`"""
+    """`L['self']._modules['layers']._modules['0'].attn` -> `layers.0.attn`, as far as the text alone tells."""
     path = re.sub(r"\._modules\['([^']+)'\]", r".\1", source)
     path = re.sub(r"getattr\((.+?), '(\w+)'\)", r"\1.\2", path)
     path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
-    path = re.sub(r"^[LG]\.\w+\.?", "", path)
+    return bare(re.sub(r"^[LG]\.\w+\.?", "", path))
+
+
+def bare(path: str) -> str:
+    """A module's path without the wrappers that compilers and checkpointing put around modules."""
     return path.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 

@@ -1,12 +1,28 @@
 """The whole way through Inductor: `torch.compile(model, backend="lighthouse")`."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, gradients, inputs, passes_only, twin
+import torch.nn.functional as F
+from small_models import (
+    CONFIG,
+    FIELDS,
+    Attention,
+    Block,
+    Model,
+    assert_same_gradients,
+    functional,
+    gradients,
+    inputs,
+    passes_only,
+    twin,
+)
+from torch import nn
 
 import lighthouse_fx
+from lighthouse_fx import LighthouseConfig
 
 STRICT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -59,9 +75,10 @@ def test_without_gradients_it_is_the_same_as_inductor():
     with torch.no_grad():
         assert torch.equal(ours(x), inductor(x))
     assert last().rewritten == 0 and "no_grad" in last().calls[0].reason
+    torch._dynamo.reset()
     with torch.inference_mode():
         assert torch.equal(ours(x), inductor(x))
-    assert last().rewritten == 0
+    assert last().rewritten == 0 and "inference_mode" in last().calls[0].reason
     model.eval()
     assert torch.equal(ours(x), inductor(x))
     assert last().rewritten == 0 and "eval" in last().calls[0].reason
@@ -135,6 +152,118 @@ def test_module_in_eval_inside_a_training_model_stays_dense():
     torch.compile(model, backend=passes_only, options=FIELDS)(inputs())
 
 
+# --- eval mode, however the attention's module is reached ---------------------------------------------------------------
+
+
+class Core(nn.Module):
+    """Attention without a parameter."""
+
+    def forward(self, x):
+        q = x.view(*x.shape[:2], 4, -1).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Around(nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.linear, self.inner = nn.Linear(32, 32), inner or Core()
+
+    def forward(self, x):
+        return self.inner(self.linear(x))
+
+
+def wrapped(forward):
+    @functools.wraps(forward)
+    def wrapper(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Attention):
+    @wrapped
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Broken(Attention):
+    """Its attention is in a frame that starts in the middle of the forward."""
+
+    def forward(self, x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class Dead(Attention):
+    """The same, and the module itself is not needed there any more."""
+
+    def forward(self, x):
+        q = self.project(x)[..., :32].view(*x.shape[:2], 4, 8).transpose(1, 2)
+        torch._dynamo.graph_break()
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+def shared():
+    model = Model(2)
+    model.layers[1] = model.layers[0]
+    return model
+
+
+@pytest.mark.parametrize("make", [Attention, Core, Around, Decorated, Broken, shared, lambda: Around(Block())])
+def test_eval_is_dense_and_toggling_is_seen(make):
+    model, x = make(), inputs().requires_grad_()
+    run = torch.compile(model, backend=passes_only, options=FIELDS)
+    for training in (True, False, True, False):
+        model.train(training)
+        before = lighthouse_fx.journal.runs.rewritten
+        run(x)
+        assert (lighthouse_fx.journal.runs.rewritten > before) == training
+    torch.testing.assert_close(run(x), model(x), rtol=0, atol=0)
+
+
+def test_eval_of_a_child_without_parameters_is_seen():
+    model, x = Around(), inputs()
+    run = torch.compile(model, backend=passes_only, options=FIELDS)
+    run(x)
+    model.inner.eval()
+    torch.testing.assert_close(run(x), model(x), rtol=0, atol=0)
+    assert model.training and not last().rewritten
+
+
+def test_attention_compiled_alone_in_a_model_is_dense_in_eval():
+    model, x = Model(2), inputs()
+    oracle = copy.deepcopy(model).eval()
+    for layer in model.layers:
+        layer.attn.compile(backend=passes_only, options=FIELDS)
+    model(x)
+    model.eval()
+    torch.testing.assert_close(model(x), oracle(x), rtol=0, atol=0)
+
+
+def test_a_function_that_uses_a_module_heeds_its_mode():
+    model, x = Attention(), inputs()
+
+    def attend(x):
+        q = model.project(x)[..., :32].view(*x.shape[:2], 4, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    run = torch.compile(attend, backend=passes_only, options=FIELDS)
+    run(x)
+    assert last().rewritten == 1
+    model.eval()
+    torch.testing.assert_close(run(x), attend(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attention_whose_module_no_guard_can_reach_stays_dense(training):
+    model, x = Dead().train(training), inputs()
+    run = torch.compile(model, backend=passes_only, options=FIELDS)
+    torch.testing.assert_close(run(x), model(x), rtol=0, atol=0)
+    assert "eval() of that module would go unseen" in last().calls[0].reason
+    assert "graph_breaks" in last().calls[0].remedy
+
+
 def test_toggling_eval_reuses_graphs():
     model, x = Model(1), inputs()
     run = torch.compile(model, backend=passes_only, options=FIELDS)
@@ -187,3 +316,34 @@ def test_dropout_goes_to_the_inner_attention():
     out = torch.compile(model, backend=passes_only, options=FIELDS)(x := inputs())
     assert last().rewritten == 1
     torch.testing.assert_close(out, x + model.layers[0].attn.out.bias)
+
+
+# --- every field of the configuration reaches the ops -------------------------------------------------------------------
+
+UNUSUAL = {"levels": 4, "pooling": 3, "topk": 6, "quota": 2, "keep_first": False, "dilation": 8, "max_kept": 0.9}
+
+
+@pytest.mark.parametrize("scorer", ["norm", "dilated"])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_every_field_of_the_config_counts(scorer, is_causal, scale):
+    config = LighthouseConfig(**UNUSUAL, scorer=scorer)
+    usual = LighthouseConfig()
+    assert all(getattr(config, name) != getattr(usual, name) for name in UNUSUAL)
+    tensors = [torch.randn(2, heads, 120, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    arguments = {"is_causal": is_causal, "scale": scale, "enable_gqa": True}
+
+    def found(attend):
+        out = attend(*tensors)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    run = torch.compile(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **arguments),
+        backend=passes_only,
+        options={**UNUSUAL, "scorer": scorer},
+    )
+    ours = found(run)
+    assert last().rewritten == 1
+    oracle = found(lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, config=config, **arguments))
+    for one, other in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(one, other, **STRICT)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CONFIG, FIELDS, Model, causal, inputs, passes_only
+from small_models import CONFIG, FIELDS, Block, Model, causal, inputs, passes_only
 from torch import nn
 
 import lighthouse_fx
@@ -181,8 +181,7 @@ def test_other_value_head_dimension_is_rewritten():
 def test_functional_form_is_not_rewritten_twice():
     q = heads()
     (gm,) = traced(lambda q: lighthouse_fx.lighthouse_attention(q, q, q, is_causal=True, config=CONFIG), q)
-    (call,) = gm.meta[CALLS]
-    assert "already Lighthouse" in call.refusal.reason
+    assert all("already Lighthouse" in call.refusal.reason for call in gm.meta[CALLS])
     assert targets(gm).count(OPS.select.default) == 1
 
 
@@ -242,7 +241,6 @@ def test_node_metadata_is_carried_over():
         (("layers.2",), [0, 1, 3]),
         (("*.attn",), []),
         (("layers.[01]", 3), [2]),
-        ((17,), [0, 1, 2, 3]),
     ],
 )
 def test_dense_layers(dense, rewritten):
@@ -250,6 +248,80 @@ def test_dense_layers(dense, rewritten):
     calls = lighthouse_fx.reports()[-1].calls
     assert [number for number, call in enumerate(calls) if call.rewritten] == rewritten
     assert all("dense_layers" in call.reason for call in calls if not call.rewritten)
+
+
+class ByStarredArguments(Model):
+    """As a decorator of the whole forward makes it, that of transformers for example."""
+
+    def forward(*args, **kwargs):
+        return Model.forward(*args, **kwargs)
+
+
+class Holder:
+    """No module: it has models in a list and a dict."""
+
+    def __init__(self):
+        self.models, self.by_name = [Model(4)], {"lm": Model(4)}
+
+    def from_list(self, x):
+        return self.models[0](x)
+
+    def from_dict(self, x):
+        return self.by_name["lm"](x)
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = Model(4)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "run, prefix",
+    [
+        (Model(4), ""),
+        (ByStarredArguments(4), ""),
+        (Model(4).forward, ""),
+        (Holder().from_list, ""),
+        (Holder().from_dict, ""),
+        (Wrapper(), "module."),
+    ],
+)
+@pytest.mark.parametrize("dense, rewritten", [((0, -1), [1, 2]), (("*layers.1",), [0, 2, 3])])
+def test_layers_are_known_however_the_model_is_called(run, prefix, dense, rewritten):
+    torch.compile(run, backend=passes_only, options={**FIELDS, "dense_layers": dense})(inputs())
+    calls = lighthouse_fx.reports()[-1].calls
+    assert [call.module for call in calls] == [f"{prefix}layers.{n}.attn" for n in range(4)]
+    assert [number for number, call in enumerate(calls) if call.rewritten] == rewritten
+
+
+@pytest.mark.parametrize(
+    "model, modules",
+    [
+        (lambda: nn.Sequential(*(Block() for _ in range(4))), ["0.attn", "1.attn", "2.attn", "3.attn"]),
+        (
+            lambda: nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block())),
+            ["0.0.attn", "0.1.attn", "1.0.attn", "1.1.attn"],
+        ),
+        (lambda: nn.Sequential(nn.Linear(32, 32), Model(4)), [f"1.layers.{n}.attn" for n in range(4)]),
+    ],
+)
+def test_layers_in_lists_of_lists_are_counted_through(model, modules):
+    torch.compile(model(), backend=passes_only, options={**FIELDS, "dense_layers": (0, -1)})(inputs())
+    calls = lighthouse_fx.reports()[-1].calls
+    assert [call.module for call in calls] == modules
+    assert [call.rewritten for call in calls] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("wanted", [17, -5, "layer.2", "model.layers.1"])
+def test_an_entry_of_dense_layers_that_matches_nothing_is_reported(wanted):
+    with pytest.warns(UserWarning, match="matches nothing: there are 4 layers in 'layers', 0 to 3") as caught:
+        torch.compile(Model(4), backend=passes_only, options={**FIELDS, "dense_layers": (wanted, 1)})(inputs())
+    assert repr(wanted) in str(caught[0].message)
+    assert [call.rewritten for call in lighthouse_fx.reports()[-1].calls] == [True, False, True, True]
 
 
 def test_negative_layer_numbers_count_from_the_models_end_across_graph_breaks():
