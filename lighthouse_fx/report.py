@@ -111,9 +111,8 @@ class Report:
         table = Table(title=Text(title), title_justify="left", caption_justify="left")
         table.caption = Text("\n".join(f"note: {note}" for note in self.notes)) if self.notes else None
         columns, rows = self._cells()
-        for column, widest in zip(columns, (max(map(len, cells)) for cells in zip(*rows, strict=True)), strict=True):
-            # A path that is folded inside a word is hard to read, a reason that is folded between words is not.
-            table.add_column(column, overflow="fold", min_width=min(widest, 28) if column == "module" else None)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row), style=None if row[-1] == "yes" else "yellow")
         return table
@@ -132,7 +131,7 @@ class Report:
 
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(width=160, file=text).print(self.table())
+        Console(width=180, file=text).print(self.table())
         return text.getvalue()
 
     def to_dict(self) -> dict[str, Any]:
