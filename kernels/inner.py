@@ -44,6 +44,11 @@ def preferred(device: torch.device) -> list[SDPBackend]:
     return [_BACKENDS[name] for name in (*first, "efficient", "math") if _ALLOWED[name]()]
 
 
+def has_choice(device: torch.device, kernel: str) -> bool:
+    """Whether there is a kernel to choose: otherwise plain `scaled_dot_product_attention` says it all."""
+    return kernel != "auto" or device.type == "cuda"
+
+
 def _attention(
     query: Tensor,
     key: Tensor,

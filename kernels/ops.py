@@ -13,13 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
 from .dispatch import kernels_for
 from .geometry import Pyramid
 from .inlined import kernel_op
-from .inner import attention
+from .inner import attention, has_choice
 from .revision import REVISION
 from .scorers import token_scores
 
@@ -252,6 +253,11 @@ def attend(
         REVISION,
     )
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
-    out = attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
+    if has_choice(q.device, kernel):
+        out = attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
     return result

@@ -26,6 +26,7 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
+from ..kernels.inner import has_choice
 from ..kernels.scorers import require_fla
 from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
@@ -105,7 +106,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         ]  # fmt: skip
         out = fakes[node]
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
-        if config.kernel == "auto" and not _on_gpu(call):
+        if not has_choice(out.device, config.kernel):
             inner = function(node.target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(
