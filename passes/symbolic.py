@@ -5,19 +5,26 @@ An element is one of
     Cases    a Python constant on each of a few sets of diagonals, such as {i >= j: True, i < j: False}
 Whatever is neither raises `Unproven`, with the reason. Nothing is ever approximated or tried out at small sizes: a sliding
 window that is wider than the sample would pass for causal.
+
+Values are exact numbers, and tensors hold them in some dtype. `in_dtype` is where the two meet: a number that its dtype
+would round or wrap around is `Unproven`. So is NaN, which no comparison tells from a mask.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 _Band = tuple[float, float]
+
+# Whole numbers of smaller magnitude than this are exact. A dtype not listed here is never trusted with positions.
+_EXACT_POSITIONS = {torch.int32: 2**31, torch.int64: 2**63, torch.float32: 2**24, torch.float64: 2**53}
 
 
 class Unproven(Exception):
@@ -54,17 +61,17 @@ class Affine:
     """`sum(coefficient * coordinate) + constant`; coordinates are integers from 0 on."""
 
     terms: tuple[tuple[str, int], ...] = ()
-    constant: Any = 0  # int or SymInt
+    constant: int = 0
 
     def __add__(self, other: Affine) -> Affine:
         terms = dict(self.terms)
         for name, factor in other.terms:
             terms[name] = terms.get(name, 0) + factor
         kept = tuple(sorted((name, factor) for name, factor in terms.items() if factor))
-        return Affine(kept, plain(self.constant + other.constant))
+        return Affine(kept, self.constant + other.constant)
 
     def __mul__(self, factor: int) -> Affine:
-        return Affine(tuple((name, f * factor) for name, f in self.terms if factor), plain(self.constant * factor))
+        return Affine(tuple((name, f * factor) for name, f in self.terms if factor), self.constant * factor)
 
     def __sub__(self, other: Affine) -> Affine:
         return self + other * -1
@@ -72,7 +79,11 @@ class Affine:
     @property
     def is_natural(self) -> bool:
         """Surely not negative, whatever the coordinates."""
-        return all(f > 0 for _, f in self.terms) and isinstance(self.constant, int) and self.constant >= 0
+        return all(f > 0 for _, f in self.terms) and self.constant >= 0
+
+    def magnitude(self, sizes: Mapping[str, int]) -> int:
+        """At least its greatest absolute value, with coordinates below these sizes."""
+        return abs(self.constant) + sum(abs(factor) * sizes[name] for name, factor in self.terms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +109,15 @@ def coordinate(name: str) -> Affine:
     return Affine(((name, 1),))
 
 
-def plain(value: Any) -> Any:
-    """A symbolic integer whose value is known becomes that integer."""
-    if isinstance(value, torch.SymInt) and value.node.expr.is_number:
-        return int(value.node.expr)
-    return value
-
-
 def element(value: Any) -> Element:
     """A constant as an element."""
-    value = plain(value)
+    if isinstance(value, torch.SymInt):
+        if not value.node.expr.is_number:
+            raise Unproven("it is built with a number that depends on the shapes")
+        value = int(value.node.expr)
     if isinstance(value, bool | float):
         return Cases(((EVERY, value),))
-    if isinstance(value, int | torch.SymInt):
+    if isinstance(value, int):
         return Affine(constant=value)
     raise Unproven(f"it depends on {value!r}")
 
@@ -119,7 +126,7 @@ def as_cases(value: Element) -> Cases:
     """An element that is constant piece by piece, as such."""
     if isinstance(value, Cases):
         return value
-    if value.terms or not isinstance(value.constant, int):
+    if value.terms:
         raise Unproven("it depends on a position other than by comparing query and key")
     return Cases(((EVERY, value.constant),))
 
@@ -128,14 +135,45 @@ def as_affine(value: Element) -> Affine:
     """An element that is an integer function of the coordinates, as such."""
     if isinstance(value, Affine):
         return value
-    constants = {int(constant) for _, constant in value.parts if constant == int(constant)} if _finite(value) else set()
-    if len(constants) != 1 or len(value.parts) != 1:
-        raise Unproven("an index in it is not a plain range of positions")
-    return Affine(constant=constants.pop())
+    if len(value.parts) == 1 and _is_whole(constant := value.parts[0][1]):
+        return Affine(constant=int(constant))
+    raise Unproven("an index in it is not a plain range of positions")
 
 
-def _finite(value: Cases) -> bool:
-    return all(math.isfinite(constant) for _, constant in value.parts)
+def _is_whole(constant: Any) -> bool:
+    return math.isfinite(constant) and constant == int(constant)
+
+
+def in_dtype(value: Element, dtype: torch.dtype, sizes: Mapping[str, int]) -> Element:
+    """An element as a tensor of this dtype holds it; not proved if it is not exact there."""
+    if isinstance(value, Affine) and value.terms:
+        if value.magnitude(sizes) >= _EXACT_POSITIONS.get(dtype, 0):
+            raise Unproven(f"positions in it are not exact in {dtype}")
+        return value
+    cases = as_cases(apply(lambda constant: _constant_in(constant, dtype), value))
+    # A whole number that is the same everywhere takes part in the arithmetic of positions.
+    whole = dtype != torch.bool and len(cases.parts) == 1 and _is_whole(cases.parts[0][1])
+    return as_affine(cases) if whole else cases
+
+
+def _constant_in(constant: Any, dtype: torch.dtype) -> Any:
+    if dtype == torch.bool and not math.isnan(constant):
+        return bool(constant)
+    if dtype == torch.bool or not _fits(constant, dtype):
+        raise Unproven(f"{float(constant)} in it is not exact in {dtype}")
+    return constant if dtype.is_floating_point else int(constant)
+
+
+def _fits(constant: Any, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds a number exactly, as a normal number. Also true of computing in a wider dtype, as fusion may."""
+    if not dtype.is_floating_point:
+        return _is_whole(constant) and torch.iinfo(dtype).min <= constant <= torch.iinfo(dtype).max
+    if math.isinf(constant) or constant == 0:
+        return True
+    info = torch.finfo(dtype)
+    if not info.tiny <= abs(constant) <= info.max or float(constant) != constant:
+        return False
+    return (math.frexp(constant)[0] * 2 / info.eps).is_integer()
 
 
 def apply(function: Callable[..., Any], *values: Element) -> Element:
@@ -157,14 +195,11 @@ def compare(relation: str, left: Element, right: Element) -> Cases:
     if relation == "ne":
         return _boolean(~compare("eq", left, right).where(bool))
     if isinstance(left, Cases) or isinstance(right, Cases):
-        relations = {"lt": float.__lt__, "le": float.__le__, "eq": float.__eq__}
-        return as_cases(apply(lambda a, b: relations[relation](float(a), float(b)), left, right))
+        return as_cases(apply(getattr(operator, relation), left, right))
     if relation == "eq":
         return _boolean(compare("le", left, right).where(bool) & compare("le", right, left).where(bool))
     difference = left - right  # <= 0, or <= -1 where the relation is strict
     terms, constant = dict(difference.terms), difference.constant + (relation == "lt")
-    if not isinstance(constant, int):
-        raise Unproven("it compares positions at a distance that is not a fixed number")
     if not terms:
         return _boolean(EVERY if constant <= 0 else NOWHERE)
     factor = terms.get("i", 0)

@@ -1,0 +1,342 @@
+"""What looks causal and is not: rounding, integers that wrap around, writes to memory, arguments by name.
+
+The proof of a mask has to be right, never merely plausible: a wrong one lets a model see the future. Each mask in `WRONG`
+was once taken for causal, or would be if a single check were missing.
+"""
+
+import math
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_masks import attend, by_arange
+from test_passes import only_call, targets
+from torch.utils.checkpoint import checkpoint
+
+from lighthouse_fx.passes import masks
+from lighthouse_fx.passes.operations import OPERATIONS
+
+N = 320  # more than bfloat16 and int8 can count
+
+
+def heads():
+    return torch.randn(1, 2, N, 4, requires_grad=True)
+
+
+def positions(**options):
+    return torch.arange(N, **options)
+
+
+def at_least(x):
+    return x[:, None] >= x
+
+
+def square(value, dtype=None):
+    return torch.full((N, N), value, dtype=dtype)
+
+
+def lower(dtype=None):
+    return torch.ones(N, N, dtype=dtype).tril()
+
+
+def bias():
+    return torch.where(by_arange(N), 0.0, -math.inf)
+
+
+def assign(x, index, value):
+    x[index] = value
+    return x
+
+
+def first_differs():
+    """1 between all neighbours, except before the first position."""
+    i = positions()
+    return torch.diff(i, prepend=i[:1] - 2)
+
+
+WRONG = {
+    # positions that their dtype cannot hold
+    "arange in bfloat16": lambda: at_least(positions(dtype=torch.bfloat16)),
+    "arange in float16": lambda: at_least(torch.arange(2048, 2048 + N, dtype=torch.float16)),
+    "arange to int8": lambda: at_least(positions().to(torch.int8)),
+    "cumsum in bfloat16": lambda: at_least(torch.ones(N, dtype=torch.bfloat16).cumsum(0)),
+    "cumsum in int8": lambda: at_least(torch.ones(N, dtype=torch.int8).cumsum(0, dtype=torch.int8)),
+    "large float32": lambda: at_least(positions().float() + 100000000),
+    "large int64 compared as float32": lambda: (positions() + 2**24)[:, None] >= positions().float() + 2**24,
+    "int32 overflows": lambda: at_least(positions(dtype=torch.int32) * 2**24),
+    "bool of positions": lambda: at_least(positions().bool()),
+    # constants that their dtype rounds or wraps around
+    "uint8 below zero": lambda: (lower(torch.uint8) * 2 - 1) > 0,
+    "int8 above 127": lambda: (lower(torch.int8) * 64 * 4) != 0,
+    "float16 sum": lambda: square(2048.0, torch.float16) + torch.ones(N, N, dtype=torch.float16).triu(1) == 2048,
+    "float32 epsilon": lambda: square(1.0) + square(1e-9).triu(1) == 1.0,
+    "int64 rounded to float32": lambda: (lower(torch.int64) + 2**24).float() != 2**24,
+    "NaN bias": lambda: torch.where(by_arange(N), 0.0, math.nan),
+    "infinity times zero": lambda: (~by_arange(N)).float() * -math.inf,
+    # other readings of the same name
+    "view of the bits": lambda: lower().view(torch.int32) == 1,
+    "logical and of integers": lambda: ~torch.logical_and(lower(torch.int64) + 1, torch.ones(N, N, dtype=torch.int64)),
+    "method where": lambda: square(0.0).where(~by_arange(N), -math.inf),
+    "arange from a start, end by name": lambda: torch.arange(5, end=N + 5)[None, :] <= positions()[:, None],
+    "arange to an end, start by name": lambda: positions()[None, :] <= torch.arange(start=5, end=N + 5)[:, None],
+    "scaled addition": lambda: torch.add(positions()[:, None], 1, alpha=2) >= positions() + 1,
+    # steps of the proof that must all be checked
+    "first difference": lambda: by_arange(N) & (first_differs() == 1),
+    "index from the end": lambda: torch.ones(N, N, dtype=torch.bool).tril(1)[(positions() - 1)[:, None], positions()],
+}  # fmt: skip
+
+
+@torch.library.custom_op("lighthouse_test::show_all", mutates_args=("mask",))
+def show_all(mask: torch.Tensor) -> None:
+    mask.zero_()
+
+
+@show_all.register_fake
+def _(mask):
+    pass
+
+
+@torch.library.custom_op("lighthouse_test::total", mutates_args=())
+def total(x: torch.Tensor) -> torch.Tensor:
+    return x.sum()
+
+
+@total.register_fake
+def _(x):
+    return x.new_empty(())
+
+
+WRITES = {
+    "relu, inplace by name": lambda mask: F.relu(mask, inplace=True),
+    "relu, inplace by position": lambda mask: F.relu(mask, True),
+    "hardtanh": lambda mask: F.hardtanh(mask, -1.0, 1.0, inplace=True),
+    "list of tensors": lambda mask: torch._foreach_zero_([mask]),
+    "list of views": lambda mask: torch._foreach_zero_(mask.unbind(0)),
+    "custom operation": lambda mask: torch.ops.lighthouse_test.show_all(mask),
+    "custom operation, by name": lambda mask: torch.ops.lighthouse_test.show_all(mask=mask),
+    "out by name": lambda mask: torch.mul(input=mask, other=0.0, out=mask),
+    "out of a creator": lambda mask: torch.zeros(N, N, out=mask),
+    "operator": lambda mask: operator.imul(mask, 0.0),
+    "assignment": lambda mask: assign(mask, 0, 0.0),
+    "view": lambda mask: mask.view(-1).zero_(),
+    "transposed attribute": lambda mask: mask.T.zero_(),
+    "data": lambda mask: mask.data.zero_(),
+    "inside a checkpoint": lambda mask: checkpoint(lambda x: x.zero_(), mask, use_reentrant=False),
+    "statistics of batch norm": lambda mask: F.batch_norm(torch.randn(4, N), mask[1], mask[2], training=True),
+}
+
+READS = {
+    "embedding": lambda q, i, mask: F.embedding(i, q[0, 0]),
+    "rotary": lambda q, i, mask: torch.outer(i.float(), q[0, 0, 0]).cos(),
+    "list of tensors": lambda q, i, mask: torch._foreach_add([mask, mask], 1.0)[0],
+    "custom operation": lambda q, i, mask: torch.ops.lighthouse_test.total(mask),
+    "written into another": lambda q, i, mask: torch.zeros(N, N).copy_(mask),
+    "masks another": lambda q, i, mask: q.matmul(q.mT).masked_fill_(mask == 0, 0.0),
+    "indexes another": lambda q, i, mask: assign(torch.zeros(N, N), mask == 0, 1.0),
+    "relu": lambda q, i, mask: F.relu(mask, inplace=False),
+    "checkpoint": lambda q, i, mask: checkpoint(lambda x: x.exp(), mask, use_reentrant=False),
+    "vmap of another": lambda q, i, mask: torch.func.vmap(torch.sum)(q),
+}
+
+RIGHT = {
+    "tril by name": lambda: torch.tril(input=torch.ones(N, N), diagonal=0).bool(),
+    "unsqueeze by name": lambda: torch.unsqueeze(input=positions(), dim=1) >= positions(),
+    "logical and of floats": lambda: torch.logical_and(lower(), torch.ones(N, N)),
+    "method where": lambda: square(0.0).where(by_arange(N), -math.inf),
+    "float positions": lambda: at_least(positions(dtype=torch.float32) - 1.0),
+    "int32 positions": lambda: at_least(positions(dtype=torch.int32)),
+    "step by name": lambda: at_least(torch.arange(0, 2 * N, step=2)),
+    "lowest of bfloat16": lambda: ((1 - lower(torch.bfloat16)) * torch.finfo(torch.bfloat16).min).float() == 0,
+    "int8": lambda: lower(torch.int8).bool(),
+    "same mask many times": lambda: many_times(by_arange(N)),
+}
+
+
+def many_times(mask):
+    """As a tree, 2**40 nodes."""
+    for _ in range(40):
+        mask = mask & mask
+    return mask
+
+
+def lets_through(mask):
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mask_that_only_looks_causal_is_left(name):
+    build = WRONG[name]
+    assert build().isnan().any() or not torch.equal(lets_through(build()), by_arange(N))
+    gm, call = only_call(lambda q: attend(q, build()), heads())
+    assert call.refusal is not None
+    assert "lighthouse" not in str(targets(gm))
+    assert "not understood" not in call.refusal.reason
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_causal_mask_in_an_unusual_spelling_is_proved(name):
+    build = RIGHT[name]
+    assert torch.equal(lets_through(build()), by_arange(N))
+    _, call = only_call(lambda q: attend(q, build()), heads())
+    assert call.refusal is None and call.is_causal is True, call.refusal
+
+
+def test_one_element_index_is_no_full_mask():
+    _, call = only_call(lambda q: attend(q, by_arange(N)[True]), heads())
+    assert call.refusal is not None
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_mask_that_something_writes_to_is_left(name):
+    def function(q):
+        mask = bias()
+        WRITES[name](mask)
+        return attend(q, mask)
+
+    _, call = only_call(function, heads())
+    assert "may be changed in place" in call.refusal.reason
+
+
+@pytest.mark.parametrize("name", READS)
+def test_mask_that_is_only_read_elsewhere_is_proved(name):
+    def function(q):
+        i = positions()
+        mask = torch.where(at_least(i), 0.0, -math.inf)
+        other = READS[name](q, i, mask)
+        return attend(q, mask), other
+
+    _, call = only_call(function, heads())
+    assert call.refusal is None and call.is_causal is True, call.refusal
+
+
+# --- subgraphs that several calls share -------------------------------------------------------------------------------
+
+
+@torch.compiler.nested_compile_region
+def shared_attend(q, mask):
+    return attend(q, mask)
+
+
+@torch.compiler.nested_compile_region
+def shared_zero(mask):
+    return mask.zero_().sum()
+
+
+def test_shared_subgraph_with_the_same_kind_of_mask_is_proved():
+    _, call = only_call(lambda q: shared_attend(q, by_arange(N)) + shared_attend(q, lower(torch.bool)), heads())
+    assert call.refusal is None and call.is_causal is True and len(call.region.callers) == 2
+
+
+def test_shared_subgraph_with_two_kinds_of_masks_is_left():
+    _, call = only_call(
+        lambda q: shared_attend(q, by_arange(N)) + shared_attend(q, lower(torch.bool).tril(-1)), heads()
+    )
+    assert "differs between the places" in call.refusal.reason and len(call.region.callers) == 2
+
+
+def test_write_in_a_shared_subgraph_counts_for_each_of_its_callers():
+    """The subgraph was traced with the first mask; the second is written to all the same."""
+
+    def function(q):
+        first, second = bias(), bias()
+        return attend(q, second) + shared_zero(first) + shared_zero(second)
+
+    _, call = only_call(function, heads())
+    assert "may be changed in place, by zero_" in call.refusal.reason
+
+
+# --- a compilation never fails because of a mask ----------------------------------------------------------------------
+
+
+def raises(*args):
+    raise ZeroDivisionError
+
+
+def test_failure_in_the_proof_is_a_refusal(monkeypatch):
+    monkeypatch.setitem(OPERATIONS, "tril", (raises, ("input", "diagonal")))
+    _, call = only_call(lambda q: attend(q, lower(torch.bool)), heads())
+    assert "not understood" in call.refusal.reason
+
+
+def test_failure_to_find_the_writes_is_a_refusal(monkeypatch):
+    monkeypatch.setattr(masks, "_may_write_to", raises)
+    _, call = only_call(lambda q: attend(q, lower(torch.bool)), heads())
+    assert "not understood" in call.refusal.reason
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: bias().to(torch.int64) == 0,
+        lambda: torch.tensor([True] * N).expand(N, N).tril(),
+        lambda: lower(torch.bool).unbind(0)[0].expand(N, N),
+        lambda: lower(torch.complex64) == 1,
+        lambda: lower(torch.bool)[[*range(N)]],
+    ],
+)
+def test_odd_mask_is_a_refusal_and_no_crash(build):
+    _, call = only_call(lambda q: attend(q, build()), heads())
+    assert call.refusal is not None
+
+
+# --- masks at random --------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32]
+NUMBERS = [0, 1, -1, 2, 0.5, 127, 2**24, 1e-9, math.inf, -math.inf, N]
+STARTS = st.one_of(
+    st.sampled_from(DTYPES).map(lambda dtype: lambda: torch.ones(N, N, dtype=dtype).tril()),
+    st.sampled_from(DTYPES[1:]).map(lambda dtype: lambda: torch.arange(N, dtype=dtype)[:, None] - torch.arange(N)),
+    st.sampled_from(DTYPES).map(
+        lambda dtype: lambda: torch.ones(N, dtype=dtype).cumsum(0, dtype=dtype)[:, None] - positions()
+    ),
+    st.sampled_from(NUMBERS).map(lambda number: lambda: square(number).triu(1)),
+)
+UNARY = st.one_of(
+    st.sampled_from(DTYPES).map(lambda dtype: lambda x: x.to(dtype)),
+    st.integers(-1, 1).map(lambda diagonal: lambda x: x.tril(diagonal)),
+    st.tuples(
+        st.sampled_from([torch.add, torch.mul, torch.ge, torch.eq, torch.lt, torch.logical_xor]),
+        st.sampled_from(NUMBERS),
+    ).map(lambda both: lambda x: both[0](x, torch.tensor(both[1]))),
+    st.just(torch.bitwise_not),
+)
+BINARY = st.sampled_from(
+    [
+        torch.add,
+        torch.sub,
+        torch.mul,
+        torch.ge,
+        torch.ne,
+        torch.logical_and,
+        torch.bitwise_or,
+        lambda a, b: a.where(b == 0, 0),
+    ]
+)
+PROGRAMS = st.recursive(
+    STARTS,
+    lambda inner: st.one_of(
+        st.tuples(UNARY, inner).map(lambda step: lambda: step[0](step[1]())),
+        st.tuples(BINARY, inner, inner).map(lambda step: lambda: step[0](step[1](), step[2]())),
+    ),
+    max_leaves=3,
+)
+ENDS = st.sampled_from([lambda x: x.bool(), lambda x: x >= 0, lambda x: x == 0, lambda x: x.float()])
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@given(program=PROGRAMS, end=ENDS)
+def test_verdict_is_true_of_any_mask(program, end):
+    try:
+        mask = end(program())
+    except (RuntimeError, NotImplementedError):  # PyTorch has no such operation for the dtype
+        return
+    torch._dynamo.reset()
+    _, call = only_call(lambda q: attend(q, end(program())), heads())
+    if call.refusal is None:
+        assert torch.equal(lets_through(mask), by_arange(N) if call.is_causal else torch.ones(N, N, dtype=torch.bool))
+        assert mask.dtype == torch.bool or not ((mask != 0) & ~(mask <= torch.finfo(mask.dtype).min)).any()
+    else:
+        assert "not understood" not in call.refusal.reason
