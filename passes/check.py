@@ -5,8 +5,8 @@ out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +17,8 @@ from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
 from ..kernels.shapes import shape_problem
-from .call import DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
+from .call import CALLS, DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
+from .regions import regions
 
 
 def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
@@ -27,7 +28,8 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     """
     trains = gm.meta.get(TRAINING, lambda node: True)
     layer = gm.meta.get(LAYERS, lambda node: None)
-    for_each_call(gm, _supported)
+    data = _data_behind(gm) if gm.meta[CALLS] else {}
+    for_each_call(gm, lambda call: _supported(call, data))
     if (without := gm.meta.get(NO_GRADIENTS)) is None:
         for_each_call(gm, lambda call: _trains(call, trains))
     for_each_call(gm, lambda call: replace(call, rewritable=True))
@@ -102,7 +104,7 @@ def _exclude(call: AttentionCall, config: LighthouseConfig, layer: Layer | None)
 # --- calls that can be rewritten exactly ------------------------------------------------------------------------------
 
 
-def _supported(call: AttentionCall) -> AttentionCall:
+def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionCall:
     query, key, value, out = (fake(x) for x in (call.query, call.key, call.value, call.node))
     if call.region.opaque:
         return call.refuse(f"inside {call.region.opaque}, whose body cannot be changed alone")
@@ -122,7 +124,46 @@ def _supported(call: AttentionCall) -> AttentionCall:
         return call.refuse(problem)
     if not query.is_floating_point():
         return call.refuse(f"dtype {query.dtype} is not floating point")
+    asks, answers = data[call.query], data[call.key]
+    if asks.projected and answers.projected and asks.inputs != answers.inputs:
+        names = (", ".join(sorted(node.name for node in side.inputs)) or "parameters alone" for side in (asks, answers))
+        return call.refuse("cross-attention: its query is made of {}, its key of {}".format(*names))
     return call
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What a value is made of: the graph's inputs that carry data, and whether they met a matrix of parameters.
+
+    Only values that met one tell self-attention, whose query and key are projections of the same data, from cross-attention:
+    a function of query, key and value alone has three different inputs either way.
+    """
+
+    inputs: frozenset[fx.Node] = frozenset()
+    projected: bool = False
+    matrix: bool = False  # it is made of parameters alone, and is more than a scale or a bias
+
+
+def _data_behind(gm: fx.GraphModule) -> dict[fx.Node, _Data]:
+    """For every node of the graph and its subgraphs. Numbers, vectors and buffers carry no data."""
+    found: dict[fx.Node, _Data] = {}
+    for region in regions(gm):
+        for node in region.gm.graph.nodes:
+            sources: Sequence[Any] = node.all_input_nodes
+            if node.op == "placeholder" and not (sources := [outer for _, outer in region.operands(node)]):
+                tensor = fake(node)
+                if tensor is None or tensor.dim() < 2 or "_buffers_" in node.name:
+                    found[node] = _Data()
+                elif isinstance(tensor, torch.nn.Parameter):
+                    found[node] = _Data(matrix=True)
+                else:
+                    found[node] = _Data(inputs=frozenset({node}))
+                continue
+            parts = [found[source] for source in sources if isinstance(source, fx.Node) and source in found]
+            inputs = frozenset[fx.Node]().union(*(part.inputs for part in parts))
+            matrix = any(part.matrix for part in parts)
+            found[node] = _Data(inputs, matrix or any(part.projected for part in parts), matrix and not inputs)
+    return found
 
 
 def _trains(call: AttentionCall, trains: Callable[[fx.Node], bool | None]) -> AttentionCall:

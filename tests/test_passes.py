@@ -228,6 +228,57 @@ def test_node_metadata_is_carried_over():
             assert "example_value" in node.meta
 
 
+class Cross(nn.Module):
+    """Decoder layers: self-attention, then attention to a memory of the same length."""
+
+    def __init__(self, layers=1):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(32, 32) for _ in range(5)]) for _ in range(layers))
+
+    def forward(self, x, memory):
+        for own, query, key, value, out in self.layers:
+            x = x + self.attend(own(x), own(x), own(x), is_causal=True)
+            x = x + out(self.attend(query(x), key(memory), value(memory)))
+        return x
+
+    def attend(self, *qkv, is_causal=False):
+        q, k, v = (x.view(*x.shape[:2], H, D).transpose(1, 2) for x in qkv)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2).flatten(2)
+
+
+def test_cross_attention_of_equal_lengths_is_left():
+    torch.compile(Cross(2), backend=passes_only, options=FIELDS)(inputs(), inputs())
+    calls = lighthouse_fx.reports()[-1].calls
+    assert [call.rewritten for call in calls] == [True, False, True, False]
+    assert "cross-attention: its query is made of l_x_, its key of l_memory_" in calls[1].reason
+
+
+def test_learned_queries_are_cross_attention():
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.key = nn.Parameter(torch.randn(B, H, N, D)), nn.Linear(D, D)
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(self.queries * 1, self.key(x), x)
+
+    assert_refused(Pooling(), heads(), because="its query is made of parameters alone, its key of l_x_")
+
+
+def test_projections_made_outside_the_graph_are_no_cross_attention():
+    class Core(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(D))
+            self.register_buffer("cosine", torch.randn(N, D))
+
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q * self.scale * self.cosine, k * self.scale * self.cosine, v)
+
+    _, call = only_call(Core(), heads(), heads(), heads())
+    assert call.refusal is None
+
+
 # --- dense layers -----------------------------------------------------------------------------------------------------
 
 
