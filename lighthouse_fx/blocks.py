@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,8 +25,6 @@ from .report import AttentionRecord
 Model = TypeVar("Model", bound=nn.Module)
 
 DENSE_LAYERS = (0, 1, -2, -1)  # paper: the first and last two
-
-_configs: WeakKeyDictionary[nn.Module, LighthouseConfig] = WeakKeyDictionary()
 
 
 def compile(
@@ -76,13 +73,7 @@ def compile(
         else:
             block.compile(backend="lighthouse", options={**ours, **inductor}, **arguments)
             block._compiled_call_impl = _WatchedCall(block, name, watch)
-    _configs[model] = replace(config, dense_layers=tuple(name for name in names.values() if name in dense))
     return model
-
-
-def config_of(model: object) -> LighthouseConfig | None:
-    """What `compile` was told for a model, its dense blocks by name; None for a model that it never saw."""
-    return _configs.get(model) if isinstance(model, nn.Module) else None
 
 
 def repeated_blocks(model: nn.Module) -> nn.ModuleList:

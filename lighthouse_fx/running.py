@@ -86,7 +86,7 @@ def _frames() -> Iterator[FrameType]:
     """The functions of torch.utils.checkpoint that this call comes from, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == checkpoint.__file__:
+        if frame.f_globals is vars(checkpoint):
             yield frame
         frame = frame.f_back
 

@@ -63,6 +63,46 @@ def test_reentrant_in_the_dense_stage_is_fine():
         Around(model, run, use_reentrant=True)(inputs().requires_grad_()).sum().backward()
 
 
+def test_reentrant_is_fine_where_the_recomputation_is_dense_too():
+    x = inputs().requires_grad_()
+    model = Model(1).eval()
+    run = torch.compile(model, backend="lighthouse", options=FIELDS)
+    Around(model, run, use_reentrant=True)(x).sum().backward()
+    model.train()
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):  # by the same graph: without gradients no mode matters
+        Around(model, run, use_reentrant=True)(x)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="lighthouse", options={**FIELDS, "topk": 64})  # not worth it
+    Around(model, run, use_reentrant=True)(x).sum().backward()
+    with lighthouse_fx.pretraining(topk=8), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        Around(model, run, use_reentrant=True)(x)
+
+
+@pytest.mark.parametrize(
+    "forward, backward",
+    [
+        (lambda: lighthouse_fx.pretraining(keep_first=False), lighthouse_fx.pretraining),
+        (lighthouse_fx.dense, lighthouse_fx.pretraining),
+        (lighthouse_fx.pretraining, lighthouse_fx.dense),
+    ],
+)
+def test_backward_of_a_checkpoint_in_another_stage_is_refused(forward, backward):
+    model, x = Model(1), inputs().requires_grad_()
+    around = Around(model, torch.compile(model, backend="lighthouse", options=FIELDS))
+    with forward():
+        out = around(x).sum()
+    with backward(), pytest.raises(RuntimeError, match=r"call backward\(\) inside the same"):
+        out.backward()
+
+
+def test_backward_of_a_checkpoint_in_a_stage_that_means_the_same():
+    model, x = Model(1), inputs().requires_grad_()
+    around = Around(model, torch.compile(model, backend="lighthouse", options=FIELDS))
+    with lighthouse_fx.pretraining(topk=FIELDS["topk"]):
+        out = around(x).sum()
+    out.backward()
+
+
 def test_policy_may_save_the_selection():
     """Selection is deterministic, so recomputing it is right, and saving its small index tensors is cheaper."""
     saved = []

@@ -125,6 +125,66 @@ def test_a_decorated_function_that_raises_restores():
     assert stage.current.kind == "default"
 
 
+def test_a_context_may_be_entered_while_it_is_on():
+    on = dense()
+    with on, pretraining(), on:
+        assert stage.current.kind == "dense"
+    assert stage.current.kind == "default"
+
+
+def test_contexts_left_in_another_order():
+    first, second = dense(), pretraining(topk=3)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert stage.current.fields == (("topk", 3),)
+    second.__exit__(None, None, None)
+    assert stage.current.kind == "default" and stage.key == "pretraining()"
+
+
+def test_functions_that_run_later_are_not_decorated():
+    def generator():
+        yield
+
+    async def coroutine(): ...
+
+    async def asynchronous_generator():
+        yield
+
+    for function in (generator, coroutine, asynchronous_generator):
+        for context in (dense, pretraining):
+            with pytest.raises(TypeError, match="with statement inside"):
+                context()(function)
+
+
+def test_stages_that_mean_the_same_share_a_graph(run):
+    x = inputs()
+    before = graphs()
+    run(x)
+    with pretraining():
+        run(x)
+    with pretraining(dense_layers=["nothing"]):
+        run(x)
+    with pretraining(dense_layers=("nothing",)):
+        run(x)
+    assert graphs() == before + 2
+
+
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(32, 32), lambda: Model(1).eval(), lambda: Model(1, masked)])
+def test_graphs_without_attention_to_rewrite_are_the_same_in_every_stage(make):
+    run, x = torch.compile(make(), backend=passes_only, options=FIELDS), inputs()
+    before = graphs()
+    for state in (pretraining, dense, lambda: pretraining(topk=3)):
+        with state():
+            run(x)
+    assert graphs() == before + 1
+
+
+def masked(q, k, v):
+    mask = q.new_zeros(q.shape[2], q.shape[2]).bernoulli(0.9).bool()
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
 def test_no_grad_validation_is_one_graph_in_every_stage(run):
     x = inputs()
     before = graphs()
@@ -144,11 +204,20 @@ def test_no_grad_validation_is_one_graph_in_every_stage(run):
         ({"topkk": 1}, "topkk=1"),
         ({"scorer": "x"}, "scorer='x'"),
         ({"pooling": 1.5}, "pooling=1.5"),
+        ({"quota": 7, "topk": 8}, "quota=7 does not divide topk=8"),
+        ({"levels": 99}, "levels=99"),
+        ({"pooling": 2**20, "levels": 3}, "levels=3"),
     ],
 )
 def test_bad_fields_raise_at_the_call(arguments, says):
     with pytest.raises((TypeError, ValueError), match=says):
         pretraining(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"quota": 7}, {"topk": 8}, {"levels": 20}, {"pooling": 2**20}])
+def test_fields_that_may_be_right_for_some_backend_are_taken(arguments):
+    with pretraining(**arguments):
+        assert stage.current.fields == tuple(arguments.items())
 
 
 def test_bad_config_raises_at_the_call():
