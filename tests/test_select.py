@@ -197,7 +197,9 @@ def test_length_at_which_the_research_code_stops():
 @pytest.mark.parametrize("bad", [[NAN], [INF], [-INF], [NAN, INF], [NAN, 1e38, INF]])
 @pytest.mark.parametrize("share", [0.05, 0.6, 1.0])
 @pytest.mark.parametrize("which", ["q", "k", "both"])
-def test_numbers_that_are_not_finite(which, share, bad, keep_first):
+def test_numbers_that_are_not_finite(which, share, bad, keep_first, kernels):
+    if kernels == "interpreted" and (which, share) != ("both", 0.6):
+        pytest.skip("the interpreter is slow, and this is its worst case")
     pyramid = dict(length=83, levels=3, pooling=3, topk=4, quota=2, keep_first=keep_first)
     q, k = torch.randn(2, 4, 83, 4), torch.randn(2, 2, 83, 4)
     for x in [q, k] if which == "both" else [q] if which == "q" else [k]:
