@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-SCORERS = ("norm", "dilated")
+SCORERS = ("norm", "dilated", "gla")
 KERNELS = ("auto", "cudnn", "flash", "efficient", "math")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
 
@@ -24,8 +24,11 @@ class LighthouseConfig:
         topk: windows expanded per level over the whole sequence, `k >= 1`.
         quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128.
         keep_first: always expand window 0, so that no token is left without output.
-        scorer: "norm" (norms of q and k) or "dilated" (norms of two strided attention passes).
+        scorer: "norm" (norms of q and k), "dilated" (norms of two strided attention passes) or "gla" (of two passes of
+            linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
+        kernel: what attends to the gathered sub-sequence on a GPU: "auto" (cuDNN on Hopper and newer, otherwise
+            FlashAttention, as far as they can), or "cudnn", "flash", "efficient" or "math", an error where it cannot.
         max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
