@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                             30 layers, 98,304 tokens: needs a large GPU
     python benchmarks/train_step.py --seq-len 2048 --layers 4   a small one
 
-Both runs have the same weights, tokens and optimiser; the dense run's attention is the fastest stock kernel for the card. Source of
-the model: arXiv 2605.06554, as in SPEC.md, "Two stages": d_model 1024, 8 heads of 128, FFN 1536, here with bytes as vocabulary.
+Both runs have the same weights, tokens and optimiser; the dense run's attention is the fastest stock kernel for the card.
+The model is that of arXiv 2605.06554 (SPEC.md, "Two stages"): d_model 1024, 8 heads of 128, FFN 1536; its vocabulary is bytes.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 from .dispatch import serving, traced
 
 try:
+    from torch._library.custom_ops import CustomOpDef
     from torch._subclasses.functional_tensor import FunctionalTensorMode
 except ImportError as error:  # pragma: no cover - depends on the torch release
     raise ImportError(
@@ -27,14 +28,14 @@ Body = Callable[..., Any]
 
 def kernel_op(
     name: str, *, inline: Callable[..., bool] = lambda *_: True
-) -> Callable[[Body], torch.library.CustomOpDef]:
+) -> Callable[[Body], CustomOpDef]:
     """Define a custom op, as `torch.library.custom_op`, that is inlined into compiled graphs where Triton serves it.
 
     Args:
         inline: whether a call with these arguments may be inlined; one that may not stays an opaque op.
     """
 
-    def define(body: Body) -> torch.library.CustomOpDef:
+    def define(body: Body) -> CustomOpDef:
         op = torch.library.custom_op(name, mutates_args=())(body)
 
         def functionalize(mode: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ No gradient flows through a score. (For `norm` the kernels read q and k themselv
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,26 +32,30 @@ def token_scores(
     groups = k.shape[1]
     if scorer == "norm":
         return norms(q, groups), norms(k, groups)
-    if scorer == "gla":
-        score = _linear
-    else:
-        score = _Dilated(dilation)
+    score: Callable[..., Tensor] = _linear if scorer == "gla" else _Dilated(dilation)
     repeat = q.shape[1] // groups
     # As keys, the queries have more heads than the values: only then do values have to be repeated.
     wide_k, wide_v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
     forward = score(q, k, v, is_causal, scale)
     exchanged = score(wide_k, q, wide_v, is_causal, scale)
-    return forward.unflatten(1, (groups, -1)).amax(2), exchanged.unflatten(1, (groups, -1)).amax(2)
+    return _largest_of_group(forward, groups), _largest_of_group(exchanged, groups)
 
 
 def norms(x: Tensor, groups: int) -> Tensor:
     """The largest norm of a group's rows, in float32: `[B, Hx, N, D]` -> `[B, G, N]`."""
-    return _row_norms(x).unflatten(1, (groups, -1)).amax(2)
+    return _largest_of_group(_row_norms(x), groups)
+
+
+def _largest_of_group(scores: Tensor, groups: int) -> Tensor:
+    """`[B, Hx, N]` -> `[B, G, N]`"""
+    largest: Tensor = scores.unflatten(1, (groups, -1)).amax(2)
+    return largest
 
 
 def _row_norms(x: Tensor) -> Tensor:
     x = x.float() if x.dtype == torch.float64 else x
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # narrower types are widened on the way, not copied
+    result: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)  # narrower types: widened without a copy
+    return result
 
 
 class _Dilated:
@@ -68,10 +73,9 @@ class _Dilated:
             if first == last or tokens == 0:
                 continue
             for row in range(q.shape[0]):
-                streams = [self._streams(x[row], first, last - first, tokens) for x in (q, k, v)]
-                out = F.scaled_dot_product_attention(
-                    *streams, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-                )
+                a, b, c = (self._streams(x[row], first, last - first, tokens) for x in (q, k, v))
+                grouped = q.shape[1] != k.shape[1]
+                out = F.scaled_dot_product_attention(a, b, c, is_causal=is_causal, scale=scale, enable_gqa=grouped)
                 self._streams(scores[row, :, :, None], first, last - first, tokens)[..., 0] = _row_norms(out)
         return scores
 

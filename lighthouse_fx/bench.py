@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def measure_layer(
         backend="lighthouse",
         fullgraph=True,
         dynamic=False,
-        options={"levels": config.levels, "pooling": config.pooling, "topk": config.topk, "max_kept": 1.0},
+        options={field.name: getattr(config, field.name) for field in fields(config)} | {"max_kept": 1.0},
     )
     _check(compiled, shape, config, tokens)
     layer = _times(compiled, tokens, device)
@@ -182,6 +182,7 @@ def save_picture(rows: Sequence[LayerTimes], path: Path, *, title: str) -> None:
     right.plot(lengths, [row.over_inner for row in rows], "o--", color="#1971c2", label="time over attention on S")
     right.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="ratio")
     for axis in (left, right):
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(lengths, [f"{n // 1024}K" for n in lengths], rotation=45)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -251,7 +252,7 @@ def _pyramid(shape: LayerShape, config: LighthouseConfig) -> Pyramid:
 
 def _traffic(shape: LayerShape, gathered: int) -> int:
     """Least bytes that move around the attention, forward and backward. Source: SPEC.md, "Cost"."""
-    row = shape.dim * getattr(torch, shape.dtype).itemsize
+    row = shape.dim * int(getattr(torch, shape.dtype).itemsize)
     q, kv = shape.heads * row, 2 * shape.groups * row
     k = kv // 2
     forward = shape.length * ((q + k) + (q + kv) + q) + gathered * ((q + kv) + q)
@@ -274,8 +275,8 @@ def _check(compiled: Callable[..., Tensor], shape: LayerShape, config: Lighthous
 
 def _plain(tokens: Sequence[Tensor], grad: Tensor, pyramid: Pyramid) -> tuple[Tensor, ...]:
     q, k, v = (x.detach().transpose(1, 2) for x in tokens)
-    windows = [reference.norm_scores(x, 1, pyramid) for x in (q, k)]
-    entries, slots = reference.choose_windows(*windows, pyramid)
+    window_q, window_k = (reference.norm_scores(x, 1, pyramid) for x in (q, k))
+    entries, slots = reference.choose_windows(window_q, window_k, pyramid)
     pooled = [reference.gather(x, entries, pyramid).requires_grad_() for x in (q, k, v)]
     inner = _inner(*pooled)
     out = reference.scatter(inner.detach(), slots, pyramid, is_causal=True)

@@ -25,6 +25,7 @@ Coordinates = tuple[Affine, ...]
 ORIGIN = Affine()
 REST = "*"  # further positional arguments, such as sizes, which show in the result's shape and dtype
 _SHOWN_IN_THE_RESULT = frozenset({"size", "shape", "dim", "dtype", "device", "layout"})
+_COMPARISONS = frozenset({"__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"})  # so named before torch 2.13
 _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "non_blocking", "copy"})
 
 
@@ -114,7 +115,9 @@ def operation_name(node: fx.Node) -> str:
         return str(node.target)
     name = getattr(node.target, "__name__", "")
     homes = (operator, torch, F, torch.Tensor)
-    return name if any(getattr(home, name, None) is node.target for home in homes) else ""
+    if not any(getattr(home, name, None) is node.target for home in homes):
+        return ""
+    return name.strip("_") if name in _COMPARISONS else name
 
 
 def overload(node: fx.Node) -> str:
