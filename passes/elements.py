@@ -45,8 +45,6 @@ class Elements:
             return element(constant(node))
         if is_traceable_wrapper_subclass(tensor):  # has memory of its own that its views do not seem to share
             raise Unproven(f"{node.name} is a {type(tensor).__name__}")
-        if len(coordinates) != tensor.dim():
-            raise Unproven(f"the shape of {node.name} is not the one expected")
         self.visited[node] = region
         if (node, coordinates) not in self._known:
             found = self._evaluated(node, region, coordinates)

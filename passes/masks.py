@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .call import DENSE, AttentionCall, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one, operation_name
@@ -129,8 +128,6 @@ def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
         return False
-    if any(_hides_memory(tensor) for tensor in _tensors(node)):
-        return False
     if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_METHODS:
         return True
     if is_interpreted(node) and not name.endswith("_"):
@@ -140,7 +137,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
-    if not node.args or "out" in node.kwargs or operation_name(node) == "set_":  # set_ makes aliases of what it reads
+    if not node.args or operation_name(node) == "set_":  # set_ makes aliases of what it reads
         return False
     if node.target in _IN_PLACE_OPERATORS:
         return True
@@ -196,11 +193,6 @@ def _memories(values: Iterable[Any]) -> Iterator[int]:
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(x, torch.Tensor)]
-
-
-def _hides_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor may share memory with another without showing it: sparse and jagged ones, DTensor."""
-    return is_traceable_wrapper_subclass(tensor) or not torch._C._has_storage(tensor)
 
 
 _PURE_METHODS = frozenset({"cpu", "cuda"})  # besides those that have a schema

@@ -46,7 +46,7 @@ def _arange(wanted: Wanted) -> Element:
 
 
 def _filled(name: str) -> Handler:
-    return lambda wanted: wanted.input_at((), name)
+    return lambda wanted: wanted.operand(wanted.arguments[name])
 
 
 def _same_everywhere(value: int) -> Handler:

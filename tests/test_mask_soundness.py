@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import attend, by_arange
 from test_passes import only_call, targets
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from lighthouse_fx.passes import masks
@@ -51,6 +52,13 @@ def assign(x, index, value):
     return x
 
 
+def read_again(through_a_view):
+    """Half of the mask is written to; the other half reads the same memory as if it still held ones."""
+    ones = torch.ones(N, N)
+    strict = (ones.view(N, N) if through_a_view else ones).tril_(-1)
+    return strict.bool() | (ones.bool() & by_arange(N))
+
+
 def first_differs():
     """1 between all neighbours, except before the first position."""
     i = positions()
@@ -83,8 +91,12 @@ WRONG = {
     "arange from a start, end by name": lambda: torch.arange(5, end=N + 5)[None, :] <= positions()[:, None],
     "arange to an end, start by name": lambda: positions()[None, :] <= torch.arange(start=5, end=N + 5)[:, None],
     "scaled addition": lambda: torch.add(positions()[:, None], 1, alpha=2) >= positions() + 1,
+    # memory that is written to in between
+    "written to and read again": lambda: read_again(False),
+    "written to through a view": lambda: read_again(True),
     # steps of the proof that must all be checked
     "first difference": lambda: by_arange(N) & (first_differs() == 1),
+    "sums of positions": lambda: by_arange(N) & (positions().cumsum(0) <= 0),
     "index from the end": lambda: torch.ones(N, N, dtype=torch.bool).tril(1)[(positions() - 1)[:, None], positions()],
 }  # fmt: skip
 
@@ -118,12 +130,17 @@ WRITES = {
     "custom operation": lambda mask: torch.ops.lighthouse_test.show_all(mask),
     "custom operation, by name": lambda mask: torch.ops.lighthouse_test.show_all(mask=mask),
     "out by name": lambda mask: torch.mul(input=mask, other=0.0, out=mask),
+    "out beside a new tensor": lambda mask: torch.mul(torch.zeros(N, N), 0.0, out=mask),
     "out of a creator": lambda mask: torch.zeros(N, N, out=mask),
     "operator": lambda mask: operator.imul(mask, 0.0),
     "assignment": lambda mask: assign(mask, 0, 0.0),
     "view": lambda mask: mask.view(-1).zero_(),
     "transposed attribute": lambda mask: mask.T.zero_(),
     "data": lambda mask: mask.data.zero_(),
+    "known operation": lambda mask: mask.masked_fill_(torch.ones(N, N, dtype=torch.bool), 0.0),
+    "another tensor on the same memory": lambda mask: torch.empty(0).set_(mask).zero_(),
+    "nested tensor": lambda mask: torch.nested.nested_tensor_from_jagged(mask, torch.tensor([0, N])).mul_(0.0),
+    "renormalised embedding": lambda mask: F.embedding(positions(), mask, max_norm=0.5),
     "inside a checkpoint": lambda mask: checkpoint(lambda x: x.zero_(), mask, use_reentrant=False),
     "statistics of batch norm": lambda mask: F.batch_norm(torch.randn(4, N), mask[1], mask[2], training=True),
 }
@@ -151,6 +168,7 @@ RIGHT = {
     "step by name": lambda: at_least(torch.arange(0, 2 * N, step=2)),
     "lowest of bfloat16": lambda: ((1 - lower(torch.bfloat16)) * torch.finfo(torch.bfloat16).min).float() == 0,
     "int8": lambda: lower(torch.int8).bool(),
+    "tensor of a tensor": lambda: at_least(torch.tensor(positions())),
     "same mask many times": lambda: many_times(by_arange(N)),
 }
 
@@ -187,6 +205,24 @@ def test_causal_mask_in_an_unusual_spelling_is_proved(name):
 def test_one_element_index_is_no_full_mask():
     _, call = only_call(lambda q: attend(q, by_arange(N)[True]), heads())
     assert call.refusal is not None
+
+
+def test_index_of_booleans_is_no_index_of_positions():
+    def function(q):
+        all_positions = positions()[torch.ones(N, dtype=torch.bool)]
+        torch._check(all_positions.shape[0] == N)
+        return attend(q, by_arange(N) & (all_positions <= 1))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        _, call = only_call(function, heads())
+    assert "index" in call.refusal.reason
+
+
+def test_tensor_subclass_is_left():
+    """A wrapper's views do not show whose memory they share."""
+    two = TwoTensor(torch.ones(2), torch.ones(2))
+    _, call = only_call(lambda q, two: attend(q, two.new_ones((N, N), dtype=torch.bool).tril()), heads(), two)
+    assert "TwoTensor" in call.refusal.reason
 
 
 @pytest.mark.parametrize("name", WRITES)
