@@ -137,7 +137,7 @@ def _is_pure(node: fx.Node) -> bool:
 
 
 def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
-    if not node.args or operation_name(node) == "set_":  # set_ makes aliases of what it reads
+    if not node.args:
         return False
     if node.target in _IN_PLACE_OPERATORS:
         return True

@@ -121,6 +121,12 @@ def _(x):
     return x.new_empty(())
 
 
+def make_alias_and_zero(mask):
+    alias = torch.empty(0)
+    alias.set_(mask)
+    alias.zero_()
+
+
 WRITES = {
     "relu, inplace by name": lambda mask: F.relu(mask, inplace=True),
     "relu, inplace by position": lambda mask: F.relu(mask, True),
@@ -138,7 +144,7 @@ WRITES = {
     "transposed attribute": lambda mask: mask.T.zero_(),
     "data": lambda mask: mask.data.zero_(),
     "known operation": lambda mask: mask.masked_fill_(torch.ones(N, N, dtype=torch.bool), 0.0),
-    "another tensor on the same memory": lambda mask: torch.empty(0).set_(mask).zero_(),
+    "another tensor on the same memory": make_alias_and_zero,
     "nested tensor": lambda mask: torch.nested.nested_tensor_from_jagged(mask, torch.tensor([0, N])).mul_(0.0),
     "renormalised embedding": lambda mask: F.embedding(positions(), mask, max_norm=0.5),
     "inside a checkpoint": lambda mask: checkpoint(lambda x: x.zero_(), mask, use_reentrant=False),
