@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import mmap
 import sys
 import types
@@ -18,6 +19,7 @@ from .config import LighthouseConfig
 from .report import GraphReport, Report
 from .untouched import untouched
 
+_NO_LIMIT = 1 << 30
 _SMALL = 1 << 20  # bytes: what is not worth a mapping of its own
 
 
@@ -26,7 +28,8 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
 
     No graph is run: what it would return is replaced by zeros. The model's Python code does run, once, and where it breaks
     the graph (`.item()`, a disabled function) it runs on those zeros. Afterwards the attributes of the model's modules are
-    what they were; what the code does elsewhere (globals, printing, tensors written between graphs) is not undone.
+    what they were; what the code does elsewhere (globals, printing, tensors written between graphs) is not undone, and
+    Dynamo keeps, as after any compilation, what it traced after a graph break.
     Train or eval mode, gradient mode and the stage are taken as they are now.
 
     Args:
@@ -52,8 +55,12 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
         graphs.append(_restated(report, setting))
         return lambda *_: tuple(map(_stand_in, outputs))
 
-    with untouched((model, *args, *kwargs.values()), record_only):
-        torch.compile(_fresh(model), backend=record_only, dynamic=setting.dynamic)(*args, **kwargs)
+    # Each call is a first one: without this, a second at another length would be traced with dynamic shapes.
+    arguments: dict[str, Any] = {"dynamic": bool(setting.dynamic)}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # where a model breaks its graph, traces add up
+        arguments["recompile_limit"] = _NO_LIMIT
+    with untouched((model, *args, *kwargs.values())):
+        torch.compile(_fresh(model), backend=record_only, **arguments)(*args, **kwargs)
     return Report(graphs=tuple(graphs), title=_title(model), notes=setting.notes)
 
 
