@@ -1,5 +1,6 @@
 """Builds the sdist and the wheel, installs the wheel into a clean environment and uses it from outside the checkout."""
 
+import configparser
 import email
 import os
 import shutil
@@ -141,8 +142,13 @@ def test_wheel_metadata(built: Built):
     assert str(fields.get_payload()).strip(), "README.md is the description"
     needed = {line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert {line.split(">")[0] for line in needed} == {"torch", "networkx", "rich"}
-    assert {"triton", "flash-attn", "plot", "examples", "dev"} <= set(fields.get_all("Provides-Extra", []))
-    assert registered.split() == ["[torch_dynamo_backends]", "lighthouse", "=", "lighthouse_fx.backend:lighthouse"]
+    assert {"triton", "flash-attn", "flash-attn-4", "gla", "plot", "examples", "dev"} <= set(fields.get_all("Provides-Extra", []))
+    sections = configparser.ConfigParser()
+    sections.read_string(registered)
+    assert {name: dict(entries) for name, entries in sections.items() if entries} == {
+        "torch_dynamo_backends": {"lighthouse": "lighthouse_fx.backend:lighthouse"},
+        "console_scripts": {"lighthouse": "lighthouse_fx.cli:main"},
+    }
 
 
 def test_installed_wheel_trains_outside_the_checkout(built: Built, tmp_path: Path):
