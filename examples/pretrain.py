@@ -33,7 +33,7 @@ import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
 
 # A file or a pipe has no width of its own.
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 180)
 
 
 def flags() -> argparse.Namespace:

@@ -16,7 +16,7 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
-from ..kernels.shapes import shape_problem
+from ..kernels.shapes import shape_problem, tensor_problem
 from .call import CALLS, DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
 from .regions import regions
 
@@ -112,8 +112,9 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         return call.refuse("the shapes of its arguments are not known in this graph")
     if _from_gather(call.query):
         return call.refuse("already Lighthouse attention, called by its functional form")
-    if any(x.is_nested for x in (query, key, value)):
-        return call.refuse("nested (jagged) tensors", "pad the batch to one length, or pack it")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if problem := tensor_problem(name, x):
+            return call.refuse(problem)
     if _in_functorch(call.node):
         return call.refuse("inside a torch.func transform, such as vmap or grad", "apply it outside the compiled model")
     if call.mask is not None:
@@ -122,8 +123,6 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         return call.refuse("is_causal or enable_gqa is computed in the graph", "pass True or False")
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=call.enable_gqa):
         return call.refuse(problem)
-    if not query.is_floating_point():
-        return call.refuse(f"dtype {query.dtype} is not floating point")
     asks, answers = data[call.query], data[call.key]
     if asks.projected and answers.projected and asks.inputs != answers.inputs:
         names = (", ".join(sorted(node.name for node in side.inputs)) or "parameters alone" for side in (asks, answers))
