@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from . import dynamo, journal, stage
-from .config import LighthouseConfig
+from .backend import split_options
+from .config import LighthouseConfig, config_field_names
 from .passes.call import Layer
 from .passes.check import excludes, unmatched
 from .report import AttentionRecord
@@ -49,8 +50,8 @@ def compile(
         The model itself. Its eager code and parameters are untouched. A copy of it (deepcopy, pickle) is not compiled.
 
     Raises:
-        TypeError, ValueError: a bad argument, no repeated blocks, an entry of `dense_layers` that matches none, or no block
-            left for Lighthouse.
+        TypeError, ValueError: a bad argument or option, no repeated blocks, an entry of `dense_layers` that matches none, or
+            no block left for Lighthouse.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -139,7 +140,12 @@ def _arguments(given: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[
     mode = arguments.pop("mode", None) or "default"  # torch takes mode or options, and options carry the config
     if mode not in (modes := dynamo.list_mode_options()):
         raise ValueError(f"mode={mode!r} is unknown: use one of {', '.join(map(repr, modes))}")
-    inductor = dynamo.list_mode_options(mode) | dict(arguments.pop("options", None) or {})
+    options = dict(arguments.pop("options", None) or {})
+    for name in config_field_names():
+        if name in options:
+            raise TypeError(f"options has {name}={options[name]!r}, a field of LighthouseConfig: give it in config")
+    split_options(options)  # raises for a name that Inductor does not know
+    inductor = dynamo.list_mode_options(mode) | options
     # Blocks that differ, in a layer's number say, need a graph each, and all count towards one limit.
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not before torch 2.12
         arguments.setdefault("recompile_limit", torch._dynamo.config.recompile_limit * count)

@@ -252,3 +252,12 @@ def test_the_list_with_the_most_parameters_is_the_models_blocks():
     model = Model(3)
     model.extra = nn.ModuleList([nn.Linear(2, 2)])
     assert lighthouse_fx.blocks.repeated_blocks(model) is model.layers
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [({"topk": 4}, "options has topk=4, a field of LighthouseConfig"), ({"max_autotun": True}, "did you mean max_autotune")],
+)
+def test_bad_options(options, said):
+    with pytest.raises(TypeError, match=said):
+        lighthouse_fx.compile(Model(4), CONFIG, dense_layers=(0,), options=options)
