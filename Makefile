@@ -3,7 +3,7 @@
 # PYTHON  the interpreter that the environment is made from
 # VENV    the environment. `make VENV= TARGET` uses PYTHON as it is, which is for a machine that already has a (CUDA)
 #         torch and no network: the package alone is installed, without dependencies and without downloads.
-# ARGS    arguments of `make pretrain`, for example ARGS="--steps 50"
+# ARGS    arguments of `make pretrain` and `make bench`, for example ARGS="--steps 50"
 # TESTS   what pytest is given, for example TESTS="tests/test_ops.py -k causal"
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +26,7 @@ STAGE := .mypy/stage
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test quick pytest pretrain lint format typecheck check clean
+.PHONY: help setup test quick pytest pretrain bench lint format typecheck check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,6 +69,9 @@ quick: $(STAMP) ## the tests that are not slow
 
 pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and beside it densely
 	$(PY) examples/pretrain.py $(ARGS)
+
+bench: $(STAMP) ## time one attention layer beside dense attention, on a GPU
+	$(PY) benchmarks/layer.py $(ARGS)
 
 clean: ## remove what was built, but keep the environment
 	rm -rf build dist *.egg-info .mypy .mypy_cache .pytest_cache .ruff_cache .hypothesis
