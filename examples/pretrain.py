@@ -49,7 +49,7 @@ def flags() -> argparse.Namespace:
     add("--levels", type=int, default=3, help="pyramid levels")
     add("--pooling", type=int, default=4, help="pooling factor between levels")
     add("--topk", type=int, default=64, help="windows expanded per level")
-    add("--scorer", default="norm", help="what ranks windows: norm or dilated")
+    add("--scorer", default="norm", help="what ranks windows: norm, dilated or gla")
     add("--dense-layers", type=int, nargs="*", default=[0, -1], help="layers that stay dense; -1 is the last")
     add("--steps", type=int, default=640, help="steps of both stages together")
     add("--lighthouse-steps", type=int, help="steps of stage 1; by default 5/8 of all, as in the paper")
