@@ -1,4 +1,4 @@
-"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, rewrite, clean up.
+"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, rewrite, clean up.
 
 Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
 """
@@ -14,17 +14,19 @@ from lighthouse_fx.config import LighthouseConfig
 
 from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
 from .check import check_attention
-from .dead_masks import remove_dead_masks
 from .find import find_attention
+from .leftovers import remove_leftovers
 from .masks import prove_masks
+from .repeated_heads import undo_repeated_heads
 from .rewrite import rewrite_attention
 
 PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_attention,
     prove_masks,
     check_attention,
+    undo_repeated_heads,
     rewrite_attention,
-    remove_dead_masks,
+    remove_leftovers,
 ]
 
 

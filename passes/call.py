@@ -46,7 +46,7 @@ class AttentionCall:
     """One attention call, its arguments as nodes or constants, and what became of it.
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
-    the nodes that built it, each with its region.
+    the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
     `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
@@ -64,6 +64,7 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     rewritable: bool = False
     gathered: Any = None
     refusal: Refusal | None = None

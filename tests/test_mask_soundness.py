@@ -17,7 +17,7 @@ from test_passes import only_call, targets
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
-from lighthouse_fx.passes import masks
+from lighthouse_fx.passes import writes
 from lighthouse_fx.passes.operations import OPERATIONS
 
 N = 320  # more than bfloat16 and int8 can count
@@ -304,7 +304,7 @@ def test_failure_in_the_proof_is_a_refusal(monkeypatch):
 
 
 def test_failure_to_find_the_writes_is_a_refusal(monkeypatch):
-    monkeypatch.setattr(masks, "_may_write_to", raises)
+    monkeypatch.setattr(writes, "_may_write_to", raises)
     _, call = only_call(lambda q: attend(q, lower(torch.bool)), heads())
     assert "not understood" in call.refusal.reason
 

@@ -394,3 +394,81 @@ def test_layer_number_that_no_graph_shows_keeps_the_call_dense():
     (call,) = lighthouse_fx.reports()[-1].calls
     assert not call.rewritten
     assert "lighthouse_fx.compile" in call.remedy
+
+
+# --- repeated heads ---------------------------------------------------------------------------------------------------
+
+REPEATS = {
+    "expand": lambda x: x[:, :, None, :, :].expand(B, G, H // G, N, D).reshape(B, H, N, D),
+    "unsqueeze": lambda x: x.unsqueeze(2).expand(-1, -1, H // G, -1, -1).flatten(1, 2),
+    "short index": lambda x: x[:, :, None].expand(B, G, H // G, N, D).contiguous().view(B, H, N, D),
+    "repeat_interleave": lambda x: x.repeat_interleave(H // G, dim=1),
+    "function": lambda x: torch.repeat_interleave(x, repeats=H // G, dim=-3).contiguous(),
+}
+
+
+def gathered_heads(gm):
+    return [n.meta["example_value"].shape[1] for n in gm.graph.nodes if n.target is OPS.gather.default]
+
+
+@pytest.mark.parametrize("spelling", REPEATS)
+def test_repeated_heads_are_undone(spelling):
+    repeat = REPEATS[spelling]
+
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
+
+    tensors = heads(), heads(G), heads(G)
+    gm, call = only_call(attention, *tensors)
+    assert call.refusal is None
+    assert gathered_heads(gm) == [H, G, G]
+    names = {str(target) for target in targets(gm)} | {n.target for n in gm.graph.nodes if n.op == "call_method"}
+    assert not names & {"expand", "reshape", "flatten", "view", "contiguous", "repeat_interleave"}
+    out = torch.compile(attention, backend=passes_only, options=FIELDS)(*tensors)
+    expected = lighthouse_fx.lighthouse_attention(*tensors, is_causal=True, enable_gqa=True, config=CONFIG)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(x.square().sum(), tensors) for x in (out, expected)]
+    torch.testing.assert_close(*grads)
+
+
+NOT_REPEATS = {
+    "whole blocks of heads": lambda x: x.repeat(1, H // G, 1, 1),
+    "tokens": lambda x: x[:, :, :, None].expand(B, G, N, H // G, D).reshape(B, H, N, D),
+    "another order": lambda x: x[:, None].expand(B, H // G, G, N, D).reshape(B, H, N, D),
+    "changed after": lambda x: (y := x * 1, y.repeat_interleave(H // G, dim=1), y.mul_(2))[1],
+    "part of the tokens": lambda x: torch.cat([x, x], 2)[:, :, None, :N].expand(B, G, H // G, N, D).reshape(B, H, N, D),
+}
+
+
+@pytest.mark.parametrize("spelling", NOT_REPEATS)
+def test_other_copies_of_heads_are_not_undone(spelling):
+    repeat = NOT_REPEATS[spelling]
+
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), is_causal=True)
+
+    tensors = heads(), heads(G), heads(G)
+    gm, call = only_call(attention, *tensors)
+    assert call.refusal is None and gathered_heads(gm) == [H, H, H]
+    out = torch.compile(attention, backend=passes_only, options=FIELDS)(*tensors)
+    q, k, v = tensors
+    expected = lighthouse_fx.lighthouse_attention(q, repeat(k), repeat(v), is_causal=True, config=CONFIG)
+    torch.testing.assert_close(out, expected)
+
+
+def test_repeated_heads_that_are_used_elsewhere_stay():
+    def attention(q, k, v):
+        keys = k.repeat_interleave(H // G, dim=1)
+        return F.scaled_dot_product_attention(q, keys, v.repeat_interleave(H // G, dim=1), is_causal=True) + keys
+
+    gm, _ = only_call(attention, heads(), heads(G), heads(G))
+    assert gathered_heads(gm) == [H, G, G]
+    assert sum(node.target == "repeat_interleave" for node in gm.graph.nodes) == 1
+
+
+def test_only_keys_repeated_is_not_undone():
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat_interleave(H // G, dim=1), v, is_causal=True)
+
+    gm, _ = only_call(attention, heads(), heads(G), heads())
+    assert gathered_heads(gm) == [H, H, H]

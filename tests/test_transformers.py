@@ -55,15 +55,13 @@ def loss_and_gradients(model, run, ids):
     return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def by_functional_form(model, ids, *, repeat):
+def by_functional_form(model, ids):
     """The model with its attention replaced by the functional form, by transformers' own registry of attentions.
 
-    `repeat`: compiled whole, transformers repeats the keys and values before the attention, so each head selects for itself.
+    Compiled whole, transformers repeats keys and values before the attention, which the passes undo.
     """
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        if repeat:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         out = lighthouse_fx.lighthouse_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True, config=CONFIG
         )
@@ -91,7 +89,7 @@ def test_compiled_whole(model):
     report = lighthouse_fx.reports()[-1]
     assert report.rewritten == len(report.calls) == LAYERS, report.summary()
     assert all(call.is_causal for call in report.calls)
-    assert_same(found, by_functional_form(model, ids, repeat=True))
+    assert_same(found, by_functional_form(model, ids))
 
 
 def test_the_mask_leaves_the_graph(model):
@@ -105,7 +103,7 @@ def test_the_mask_leaves_the_graph(model):
 
 def test_compiled_layer_by_layer(model):
     ids = tokens()
-    expected = by_functional_form(model, ids, repeat=False)
+    expected = by_functional_form(model, ids)
     before = len(lighthouse_fx.reports())
     for layer in layers(model):
         layer.compile(backend=passes_only, options=dict(FIELDS), fullgraph=True)
@@ -122,7 +120,7 @@ def test_through_inductor_with_checkpointing():
     run = torch.compile(model, backend="lighthouse", options=FIELDS)
     found = loss_and_gradients(model, run, ids)
     assert lighthouse_fx.reports()[-1].rewritten == LAYERS
-    assert_same(found, by_functional_form(model, ids, repeat=True), FUSED)
+    assert_same(found, by_functional_form(model, ids), FUSED)
 
 
 def test_inference_is_the_dense_model(model):

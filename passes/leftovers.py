@@ -1,11 +1,11 @@
-"""Remove what only a mask needed that is gone.
+"""Remove what only a mask or repeated heads needed that are gone.
 
 Before:
     i = arange(N); mask = i[:, None] >= i               # nothing uses mask any more
 After:
     nothing
 
-Only nodes that the proof went through are removed, since those are known to do nothing else. General dead-code
+Only nodes that a proof or the undoing went through are removed, since those are known to do nothing else. General dead-code
 elimination would take in-place operations of the user's model with it.
 """
 
@@ -20,12 +20,12 @@ from .call import CALLS
 from .regions import Region
 
 
-def remove_dead_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Erase the unused nodes among those that built the masks of rewritten calls, also across subgraph borders."""
+def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
+    """Erase the unused nodes among those that built masks or repeated heads of rewritten calls, across subgraphs, too."""
     candidates: dict[fx.Node, Region] = {}
     for call in gm.meta[CALLS]:
         if call.refusal is None:
-            candidates |= dict(call.mask_nodes)
+            candidates |= dict(call.mask_nodes) | dict(call.repeat_nodes)
     touched = set()
     while dead := [node for node in candidates if not node.users and _removable(node, candidates[node])]:
         for node in dead:
