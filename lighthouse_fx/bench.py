@@ -247,7 +247,14 @@ def _fastest(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _pyramid(shape: LayerShape, config: LighthouseConfig) -> Pyramid:
-    return Pyramid(length=shape.length, levels=config.levels, pooling=config.pooling, topk=config.topk, quota=config.quota)
+    return Pyramid(
+        length=shape.length,
+        levels=config.levels,
+        pooling=config.pooling,
+        topk=config.topk,
+        quota=config.quota,
+        keep_first=config.keep_first,
+    )
 
 
 def _traffic(shape: LayerShape, gathered: int) -> int:
