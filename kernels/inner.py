@@ -20,6 +20,12 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_ALLOWED: dict[str, Callable[[], bool]] = {
+    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+    "flash": torch.backends.cuda.flash_sdp_enabled,
+    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+    "math": torch.backends.cuda.math_sdp_enabled,
+}
 _HOPPER = (9, 0)
 
 _library = torch.library.Library("lighthouse_fx", "FRAGMENT")
@@ -27,14 +33,6 @@ _library.define(
     "attention(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, float? scale, bool enable_gqa, "
     "str kernel) -> Tensor"
 )
-
-
-_ALLOWED: dict[str, Callable[[], bool]] = {
-    "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
-    "flash": torch.backends.cuda.flash_sdp_enabled,
-    "efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
-    "math": torch.backends.cuda.math_sdp_enabled,
-}
 
 
 def preferred(device: torch.device) -> list[SDPBackend]:
@@ -66,9 +64,9 @@ def _attention(
             query, key, value, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
 
+    if not has_choice(query.device, kernel):
+        return run()
     if kernel == "auto":
-        if query.device.type != "cuda":
-            return run()
         with sdpa_kernel(preferred(query.device), set_priority=True):
             return run()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def token_scores(
     groups = k.shape[1]
     if scorer == "norm":
         return norms(q, groups), norms(k, groups)
-    score: Callable[..., Tensor] = _linear if scorer == "gla" else _Dilated(dilation)
+    score: Callable[..., Tensor] = _linear if scorer == "gla" else partial(_dilated, dilation)
     repeat = q.shape[1] // groups
     # As keys, the queries have more heads than the values: only then do values have to be repeated.
     wide_k, wide_v = (x.repeat_interleave(repeat, dim=1) if repeat > 1 else x for x in (k, v))
@@ -58,32 +59,29 @@ def _row_norms(x: Tensor) -> Tensor:
     return result
 
 
-class _Dilated:
-    """Attention inside each of `dilation` strided sub-sequences: norms `[B, H, N]`."""
+def _dilated(dilation: int, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    """Norms `[B, H, N]` of attention inside each of `dilation` strided sub-sequences."""
+    short, longer = divmod(q.shape[2], dilation)
+    grouped = q.shape[1] != k.shape[1]
+    scores = q.new_empty(q.shape[:3], dtype=torch.float32)
+    # The first `longer` streams have one token more than the others: two batches of equal length.
+    for first, last, tokens in ((0, longer, short + 1), (longer, dilation, short)):
+        if first == last or tokens == 0:
+            continue
+        for row in range(q.shape[0]):
+            a, b, c, written = (
+                _streams(x[row], dilation, first, last - first, tokens) for x in (q, k, v, scores[..., None])
+            )
+            out = F.scaled_dot_product_attention(a, b, c, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+            written[..., 0] = _row_norms(out)
+    return scores
 
-    def __init__(self, dilation: int) -> None:
-        self._dilation = dilation
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
-        length = q.shape[2]
-        short, longer = divmod(length, self._dilation)
-        scores = q.new_empty(q.shape[:3], dtype=torch.float32)
-        # The first `longer` streams have one token more than the others: two batches of equal length.
-        for first, last, tokens in ((0, longer, short + 1), (longer, self._dilation, short)):
-            if first == last or tokens == 0:
-                continue
-            for row in range(q.shape[0]):
-                a, b, c = (self._streams(x[row], first, last - first, tokens) for x in (q, k, v))
-                grouped = q.shape[1] != k.shape[1]
-                out = F.scaled_dot_product_attention(a, b, c, is_causal=is_causal, scale=scale, enable_gqa=grouped)
-                self._streams(scores[row, :, :, None], first, last - first, tokens)[..., 0] = _row_norms(out)
-        return scores
-
-    def _streams(self, x: Tensor, first: int, streams: int, tokens: int) -> Tensor:
-        """A view, without a copy, of some sub-sequences: `[H, N, D]` -> `[streams, H, tokens, D]`."""
-        head, token, dim = x.stride()
-        shape = (streams, x.shape[0], tokens, x.shape[2])
-        return x.as_strided(shape, (token, head, token * self._dilation, dim), x.storage_offset() + first * token)
+def _streams(x: Tensor, dilation: int, first: int, streams: int, tokens: int) -> Tensor:
+    """A view, without a copy, of some sub-sequences: `[H, N, D]` -> `[streams, H, tokens, D]`."""
+    head, token, dim = x.stride()
+    shape = (streams, x.shape[0], tokens, x.shape[2])
+    return x.as_strided(shape, (token, head, token * dilation, dim), x.storage_offset() + first * token)
 
 
 def _linear(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:

@@ -59,7 +59,7 @@ def lighthouse(
     compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.rewritable for call in calls):
-        return running.counted(compiled, report.calls) if calls else compiled
+        return running.noted(compiled, report.calls) if calls else compiled
     if gradients:
         return running.staged(compiled, report.calls, config)
     would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)

@@ -23,8 +23,7 @@ from . import timing
 from .config import LighthouseConfig
 from .kernels import Pyramid, reference
 from .kernels.inner import preferred
-
-PASSES = ("forward", "forward and backward")
+from .passes.check import pyramid_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +87,7 @@ def measure_layer(
     Raises:
         AssertionError: the layer's output or a gradient is not what plain PyTorch computes: no figure is worth anything then.
     """
-    pyramid = _pyramid(shape, config)
+    pyramid = pyramid_over(shape.length, config)
     gathered = pyramid.gathered
     tokens = _inputs(shape, shape.length, device)
     torch._dynamo.reset()
@@ -105,7 +104,9 @@ def measure_layer(
     memory = timing.added_memory(lambda: _both(compiled, tokens), device)
     del tokens
     with _fastest(device):
-        inner = _times(_attention, _inputs(shape, gathered, device), device, tokens_first=False)
+        entries = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in _inputs(shape, gathered, device)]
+        inner = _times(_inner, entries, device)
+        del entries
         dense_times = launched_dense = None
         if dense:
             tokens = _inputs(shape, shape.length, device)
@@ -223,16 +224,8 @@ def _both(attention: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Ten
 
 
 def _times(
-    attention: Callable[..., Tensor],
-    tensors: Sequence[Tensor],
-    device: torch.device,
-    *,
-    captured: bool = True,
-    tokens_first: bool = True,
+    attention: Callable[..., Tensor], tensors: Sequence[Tensor], device: torch.device, *, captured: bool = True
 ) -> tuple[float, float]:
-    if not tokens_first:
-        tensors = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in tensors]
-        attention = _inner
     grad = torch.randn_like(tensors[0])
     _both(attention, tensors, grad)
     forward = timing.milliseconds(lambda: attention(*tensors), device, captured=captured)
@@ -244,17 +237,6 @@ def _fastest(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel(preferred(device), set_priority=True)
-
-
-def _pyramid(shape: LayerShape, config: LighthouseConfig) -> Pyramid:
-    return Pyramid(
-        length=shape.length,
-        levels=config.levels,
-        pooling=config.pooling,
-        topk=config.topk,
-        quota=config.quota,
-        keep_first=config.keep_first,
-    )
 
 
 def _traffic(shape: LayerShape, gathered: int) -> int:
@@ -274,7 +256,7 @@ def _check(compiled: Callable[..., Tensor], shape: LayerShape, config: Lighthous
     out = compiled(*narrow)
     grad = torch.randn_like(out)
     found = out, *torch.autograd.grad(out, narrow, grad)
-    expected = _plain(narrow, grad, _pyramid(shape, config))
+    expected = _plain(narrow, grad, pyramid_over(shape.length, config))
     for name, x, y in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         off = ((x.float() - y.float()).norm() / y.float().norm()).item()
         assert off < 0.02, f"{name} is {off:.1%} off plain PyTorch's: nothing is measured with a build that is wrong"

@@ -69,8 +69,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 def run_bench(options: argparse.Namespace) -> int:
     """`lighthouse bench`: measure, print the table, write what was asked for."""
     device = torch.device(options.device)
-    # The larger the N of the usual table, the closer its k: take that of the nearest length.
-    usual = dict(_USUAL)
+    usual = dict(_USUAL)  # another length takes the k of the nearest one
     lengths = options.lengths or list(usual)
     shapes = [
         bench.LayerShape(

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LighthouseConfig
-from .kernels import Pyramid, attend
+from .kernels import attend
 from .kernels.shapes import shape_problem, tensor_problem
+from .passes.check import pyramid_over
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +51,7 @@ def lighthouse_attention(
     config = LighthouseConfig() if config is None else config
     _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
     _check_tensors(query, key, value, enable_gqa=enable_gqa)
-    pyramid = Pyramid(
-        length=query.shape[2],
-        levels=config.levels,
-        pooling=config.pooling,
-        topk=config.topk,
-        quota=config.quota,
-        keep_first=config.keep_first,
-    )
+    pyramid = pyramid_over(query.shape[2], config)
     if pyramid.coarse == 0:
         _log.debug("dense: %d tokens are fewer than one coarsest window of %d", query.shape[2], pyramid.widest)
         return F.scaled_dot_product_attention(

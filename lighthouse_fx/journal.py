@@ -1,7 +1,7 @@
 """What this process compiled and ran so far: the records behind `reports()` and behind `strict=True`.
 
-Records are made from the graph before any cache is asked, so that a warm cache loses nothing. Runs are counted
-because only that tells whether rewritten graphs really took part in a step.
+Records are made from the graph before any cache is asked, so that a warm cache loses nothing. What runs can be
+watched, because only that tells whether rewritten graphs really took part in a step.
 """
 
 from __future__ import annotations
@@ -9,21 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from .report import AttentionRecord, GraphReport
 
 _KEPT = 256
 
 
-@dataclass(slots=True)
-class Runs:
-    """How often graphs with at least one rewritten call were executed."""
-
-    rewritten: int = 0
-
-
-runs = Runs()
 _reports: deque[GraphReport] = deque(maxlen=_KEPT)
 _watching: list[list[AttentionRecord]] = []
 
@@ -43,7 +34,6 @@ def reports() -> tuple[GraphReport, ...]:
 
 def ran(calls: Sequence[AttentionRecord]) -> None:
     """A graph with these attention calls is about to run."""
-    runs.rewritten += any(call.rewritten for call in calls)
     for seen in _watching:
         seen.extend(calls)
 

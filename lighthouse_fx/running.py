@@ -1,4 +1,4 @@
-"""What is done whenever a compiled graph runs: it is counted, and activation checkpoints must not mix two functions.
+"""What is done whenever a compiled graph runs: it is noted, and activation checkpoints must not mix two functions.
 
 A checkpoint runs the forward twice. Where the second run would be another attention than the first, the gradients would
 belong to another function than the loss. Only the run can see that: it is an error, with the remedy.
@@ -25,7 +25,7 @@ Compiled = Callable[..., Any]
 _forwards: WeakKeyDictionary[Any, stage.Stage] = WeakKeyDictionary()  # checkpoint -> the stage of its forward
 
 
-def counted(compiled: Compiled, calls: Sequence[AttentionRecord]) -> Compiled:
+def noted(compiled: Compiled, calls: Sequence[AttentionRecord]) -> Compiled:
     """A graph with attention that is the same in every stage."""
 
     def run(*args: Any) -> Any:

@@ -46,8 +46,13 @@ def pyramid_of(call: AttentionCall, config: LighthouseConfig) -> Pyramid:
     """The pyramid over a call's tokens."""
     query = fake(call.query)
     assert query is not None, "checked before"
+    return pyramid_over(query.shape[2], config)
+
+
+def pyramid_over(length: int, config: LighthouseConfig) -> Pyramid:
+    """The pyramid that a configuration means over so many tokens."""
     return Pyramid(
-        length=query.shape[2],
+        length=length,
         levels=config.levels,
         pooling=config.pooling,
         topk=config.topk,

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lighthouse_fx import LighthouseConfig, journal
 from lighthouse_fx.backend import rewrite, split_options
+from lighthouse_fx.running import noted
 
 FIELDS = {"levels": 3, "pooling": 2, "topk": 8}
 CONFIG = LighthouseConfig(**FIELDS)
@@ -82,12 +83,7 @@ def passes_only(gm, example_inputs, *, options=None):
     """The backend without Inductor: guards, passes and records, then the rewritten graph as it stands. Fast to compile."""
     report, gm = rewrite(gm, example_inputs, split_options(options or {})[0])
     journal.add(report)
-
-    def run(*args):
-        journal.runs.rewritten += report.rewritten > 0
-        return gm(*args)
-
-    return run
+    return noted(gm, report.calls)
 
 
 def gradients(model, x):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
-from lighthouse_fx.kernels import scorers
+from lighthouse_fx.config import KERNELS
+from lighthouse_fx.kernels import inner, scorers
 
 FIELDS = dict(levels=2, pooling=4, topk=4)
 
@@ -83,3 +84,7 @@ def test_kernel_that_a_cpu_has_not_is_an_error(form, kernel):
 def test_unknown_kernel():
     with pytest.raises(ValueError, match="kernel='fast' is not a known kernel: use one of 'auto', 'cudnn'"):
         LighthouseConfig(kernel="fast")
+
+
+def test_configuration_names_every_kernel_there_is():
+    assert ("auto", *inner._BACKENDS) == KERNELS
