@@ -20,7 +20,7 @@ from . import reference
 from .dispatch import kernels_for
 from .geometry import Pyramid
 from .inlined import kernel_op
-from .inner import attention, has_choice
+from .inner import attention, has_choice, require_package
 from .revision import REVISION
 from .scorers import token_scores
 
@@ -236,6 +236,7 @@ def attend(
     Returns:
         `[B, H, N, Dv]` in q's dtype.
     """
+    require_package(kernel)
     length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
     entries, slots = select(
         q,

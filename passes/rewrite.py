@@ -26,7 +26,7 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from ..kernels.inner import has_choice
+from ..kernels.inner import has_choice, require_package
 from ..kernels.scorers import require_fla
 from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
@@ -41,6 +41,8 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     changed = []
     if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
+    if any(call.refusal is None for call in gm.meta[CALLS]):
+        require_package(config.kernel)
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
