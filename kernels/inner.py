@@ -42,8 +42,20 @@ def preferred(device: torch.device) -> list[SDPBackend]:
 
     A kernel that the user has switched off (`sdpa_kernel`, `torch.backends.cuda.enable_...`) is not among them.
     """
+    return [_BACKENDS[name] for name in _order(device)]
+
+
+def _order(device: torch.device) -> list[str]:
     first = ("cudnn", "flash") if torch.cuda.get_device_capability(device) >= _HOPPER else ("flash", "cudnn")
-    return [_BACKENDS[name] for name in (*first, "efficient", "math") if _ALLOWED[name]()]
+    return [name for name in (*first, "efficient", "math") if _ALLOWED[name]()]
+
+
+def resolved(device: torch.device, kernel: str) -> str:
+    """What `kernel` means on a device now: "auto" on CUDA becomes the order of preference, "cudnn,flash,...".
+
+    A graph says this rather than "auto", so that a compile cache does not serve what the user has switched off since.
+    """
+    return ",".join(_order(device)) if kernel == "auto" and device.type == "cuda" else kernel
 
 
 def has_choice(device: torch.device, kernel: str) -> bool:
@@ -68,14 +80,12 @@ def _attention(
 
     if not has_choice(query.device, kernel):
         return run()
-    if kernel == "auto":
-        with sdpa_kernel(preferred(query.device), set_priority=True):
-            return run()
+    kernel = resolved(query.device, kernel)
     require_package(kernel)
     if kernel == "flash-attn":
         return _by_flash_attn(query, key, value, dropout_p, is_causal, scale)
     try:
-        with sdpa_kernel(_BACKENDS[kernel]):
+        with sdpa_kernel([_BACKENDS[name] for name in kernel.split(",")], set_priority=True):
             return run()
     except RuntimeError as error:
         raise RuntimeError(

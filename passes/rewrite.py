@@ -26,7 +26,7 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from ..kernels.inner import has_choice, require_package
+from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
 from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
@@ -113,7 +113,8 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         else:
             inner = function(
                 _OPS.attention.default,
-                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa, config.kernel,
+                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
+                resolved(out.device, config.kernel),
                 value=attended,
             )  # fmt: skip
         result = function(
