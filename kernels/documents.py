@@ -27,7 +27,7 @@ _ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
 
 
 def starts_of(numbers: Tensor) -> Tensor:
-    """Where each token's document begins: the number of its document `[B, N]` -> int32 `[B, N]`. A new number, a new document."""
+    """Where each token's document begins, int32 `[B, N]`, from the documents' numbers: a new number is a new document."""
     place = torch.arange(numbers.shape[-1], dtype=torch.int32, device=numbers.device).expand_as(numbers)
     begins = F.pad(numbers[..., 1:] != numbers[..., :-1], (1, 0), value=True)
     return torch.where(begins, place, 0).cummax(-1).values.int()
@@ -39,7 +39,7 @@ def must_expand(starts: Tensor, pyramid: Pyramid) -> Tensor:
     first = (starts == place)[..., : pyramid.covered]
     wanted = [first[..., :0]]
     for level in range(1, pyramid.levels):
-        tokens = first.unflatten(-1, (-1, pyramid.pooling**level))
+        tokens = first.unflatten(-1, (pyramid.windows(level), pyramid.pooling**level))
         after_divided = F.pad(tokens[..., 1:].any(-1)[..., :-1], (1, 0))
         wanted.append(tokens.any(-1) | after_divided)
     return torch.cat(wanted, -1)
@@ -87,6 +87,17 @@ _library.define(
     "attention_in_documents(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor starts, int levels, int pooling, "
     "float dropout_p, float? scale, bool enable_gqa, int most, str kernel) -> Tensor"
 )
+_library.define("document_starts(Tensor numbers) -> Tensor")
+
+
+def _rising_starts(numbers: Tensor) -> Tensor:
+    """`starts_of`, for numbers that a mask compares: where one came back later, the mask would join what lies apart."""
+    message = "the numbers of documents fall along a row, so a document may lie in several pieces: number them in order"
+    torch._assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
+    return starts_of(numbers)
+
+
+_library.impl("document_starts", _rising_starts, "CompositeImplicitAutograd")
 
 
 def document_problem(query: Tensor, value: Tensor, kernel: str) -> str | None:
@@ -139,19 +150,7 @@ def _varlen(
     """FlashAttention on sequences of different lengths: the entries of one document, batch row and key/value head are one."""
     batch, groups, gathered = segments.shape
     heads, dim, wanted = query.shape[1], query.shape[3], value.shape[3]
-    total = batch * groups * gathered
-    begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
-    number = begins.int().cumsum(0, dtype=torch.int32)
-    sequences = batch * groups * (most + 1)  # one more for the divided windows
-    torch._assert_async(
-        number[-1] <= sequences,
-        f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
-    )
-    place = torch.arange(total, dtype=torch.int32, device=query.device)
-    bounds = place.new_full((sequences + 2,), total)
-    bounds = bounds.scatter(0, torch.where(begins, number - 1, sequences + 1).clamp(max=sequences + 1).long(), place)
-    bounds = bounds[: sequences + 1]  # [sequences + 1]; the last ones are empty
-
+    bounds = _bounds(segments, most)
     width = -(-max(dim, wanted) // _ALIGNED) * _ALIGNED
     query, key, value = (
         F.pad(x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2), (0, width - x.shape[3]))
@@ -162,7 +161,24 @@ def _varlen(
         scale=dim**-0.5 if scale is None else scale,
     )[0]  # fmt: skip
     out = out.unflatten(0, (batch, groups, gathered)).transpose(2, 3)
-    return out.reshape(batch, heads, gathered, width)[..., :wanted]
+    result: Tensor = out.reshape(batch, heads, gathered, width)[..., :wanted]
+    return result
+
+
+def _bounds(segments: Tensor, most: int) -> Tensor:
+    """Where each run of equal segments begins in `[B * G * S]`, then the end, repeated: int32 `[B * G * (most + 1) + 1]`."""
+    batch, groups, gathered = segments.shape
+    sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
+    begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
+    number = begins.int().cumsum(0)
+    torch._assert_async(
+        number[-1] <= sequences,
+        f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
+    )
+    place = torch.arange(total, dtype=torch.int32, device=segments.device)
+    beyond = sequences + 1  # what begins nothing is written there, and cut off
+    bounds = place.new_full((sequences + 2,), total)
+    return bounds.scatter(0, torch.where(begins, number - 1, beyond).clamp(max=beyond), place)[:-1]
 
 
 _library.impl("attention_in_documents", _attention, "CompositeImplicitAutograd")

@@ -152,7 +152,8 @@ def scatter(
         reached = total[:, :, shift : shift + rows.shape[2] * width]
         added = rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
         if starts is not None:
-            added = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], added, 0)
+            own = _own_document(starts, level, pyramid)[:, shift : shift + reached.shape[2]]
+            added = torch.where(own[:, None, :, None], added, 0)
         reached += added
     return total.to(out.dtype)
 
@@ -167,22 +168,17 @@ def scatter_backward(
         shift = pyramid.pooling**level - 1 if is_causal else 0
         concerned = wide
         if starts is not None:
-            own = _own_document(starts, level, pyramid)
-            own = F.pad(own, (shift, pyramid.length - shift - own.shape[-1]))
-            concerned = torch.where(own[:, None, :, None], wide, 0)
+            concerned = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
         sums.append(_blocks(concerned, shift, level, pyramid).sum(-2))
     return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
 
 
 def _own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:
-    """Whether the window of a level that concerns a token, causally, lies in the token's document.
-
-    Bool, for the tokens from the first window's last one on: `[B, windows * p^l]`, cut at N.
-    """
+    """Whether the window of a level that concerns a token, causally, lies in the token's document: bool `[B, N]`."""
     width = pyramid.pooling**level
-    concerned = starts[..., width - 1 : width - 1 + pyramid.windows(level) * width]
-    place = torch.arange(concerned.shape[-1], device=starts.device)
-    return place // width * width >= concerned
+    place = torch.arange(starts.shape[-1], device=starts.device) - (width - 1)
+    own: Tensor = (place >= 0) & (place // width * width >= starts)
+    return own
 
 
 def _widen(x: Tensor) -> Tensor:

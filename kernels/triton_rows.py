@@ -135,7 +135,8 @@ def _collect(
     block_s = block_rows(block_d * x.element_size(), _COLLECT["block_bytes"])
     with on_device_of(x):
         launchable(_collect_kernel)[(batch * heads * triton.cdiv(gathered, block_s),)](
-            x, entries.contiguous(), _contiguous(starts, entries), out, heads, entries.shape[1], length, pyramid.coarse, gathered, *x.stride(),
+            x, entries.contiguous(), _contiguous(starts, entries), out,
+            heads, entries.shape[1], length, pyramid.coarse, gathered, *x.stride(),
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
             UNROLL=divisor_up_to(pyramid.widest, _MOST_UNROLLED),
             DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
@@ -154,7 +155,8 @@ def _spread(
     block_n = block_rows(block_d * x.element_size(), _SPREAD["block_bytes"])
     with on_device_of(x):
         launchable(_spread_kernel)[(batch * heads * triton.cdiv(length, block_n),)](
-            x, slots.contiguous(), _contiguous(starts, slots), out, heads, slots.shape[1], length, pyramid.coarse, slots.shape[2], *x.stride(),
+            x, slots.contiguous(), _contiguous(starts, slots), out,
+            heads, slots.shape[1], length, pyramid.coarse, slots.shape[2], *x.stride(),
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
             DIM=dim, BLOCK_D=block_d, BLOCK_N=block_n, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
             num_warps=_SPREAD["num_warps"],

@@ -31,6 +31,7 @@ class LighthouseConfig:
             FlashAttention, as far as they can), or "cudnn", "flash", "efficient", "math", or the packages "flash-attn" and
             "flash-attn-4" (extras of the same names), an error where it cannot.
         max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
+        max_documents: documents in a row that attention on a GPU keeps apart at most, an error beyond.
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
 
@@ -49,6 +50,7 @@ class LighthouseConfig:
     dilation: int = 64
     max_kept: float = 0.75
     kernel: str = "auto"
+    max_documents: int = 256
     dense_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -145,5 +147,6 @@ _CHECKS = {
     "dilation": _integer_from(1, "dilation=64"),
     "max_kept": _share,
     "kernel": _kernel,
+    "max_documents": _integer_from(1, "max_documents=256"),
     "dense_layers": _layers,
 }
