@@ -65,7 +65,9 @@ class Documents:
         if torch.compiler.is_compiling():
             raise RuntimeError("documents() was entered inside a compiled function: enter it around the compiled call")
         self._before.append(stage.documents)
-        stage.enter_documents(self)
+        # One document in each row is no documents at all, and the undivided row has faster kernels.
+        alone = self.starts.device.type == "cpu" and not bool(self.starts.any())
+        stage.enter_documents(None if alone else self)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -108,8 +110,8 @@ def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None =
         document_ids: integer `[B, N]`: tokens with equal numbers beside each other are one document.
         cu_seqlens: integer `[documents + 1]`, the borders of one packed row, `[0, ..., N]`; instead of `document_ids`.
 
-    Give tensors on the CPU, as a data loader makes them: then windows that the budget cannot expand are warned of without
-    waiting for a GPU. Keep the backward inside the context. Attention that stays dense does not know of it (a warning says
+    Give tensors on the CPU, as a data loader makes them: then, without waiting for a GPU, windows that the budget cannot
+    expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context. Attention that stays dense does not know of it (a warning says
     so): there the model's own mask has to do it. What is computed: README, "Packed documents".
 
     Raises:

@@ -220,6 +220,16 @@ def test_other_documents_need_no_other_graph_and_none_are_another():
     assert len(lighthouse_fx.reports()) == before + 2
 
 
+def test_one_document_in_each_row_is_no_documents():
+    model, x = Model(1), inputs(batch=1)
+    run = torch.compile(model, backend=passes_only, options=dict(FIELDS))
+    run(x)
+    before = len(lighthouse_fx.reports())
+    with lighthouse_fx.documents(numbered(10, 54)), lighthouse_fx.documents(numbered(64)):
+        run(x)
+    assert len(lighthouse_fx.reports()) == before
+
+
 def test_borders_instead_of_numbers():
     borders = torch.tensor([0, 10, 33, 64])
     assert torch.equal(
