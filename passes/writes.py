@@ -48,6 +48,16 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
     return node.args[:1] if _writes_to_its_first_argument_only(node) else node.all_input_nodes
 
 
+def target_of_write(node: fx.Node) -> Sequence[Any]:
+    """The argument that an operation writes all its other arguments into, where it is known to do that."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    try:
+        return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return ()
+
+
 def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
@@ -68,7 +78,7 @@ def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
     written = [
         [argument.alias_info and argument.alias_info.is_write for argument in s.arguments] for s in _schemas(node)
     ]
-    return bool(written) and all(first and not any(others) for first, *others in written)
+    return bool(written) and all(flags and flags[0] and not any(flags[1:]) for flags in written)
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
