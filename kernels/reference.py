@@ -136,10 +136,13 @@ def gather_backward(grad: Tensor, slots: Tensor, pyramid: Pyramid) -> Tensor:
     return total.to(grad.dtype)
 
 
-def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter(
+    out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """The sum, for each token, of the entries that concern it: `[B, H, S, D]` -> `[B, H, N, D]`.
 
-    Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on. Otherwise its own window.
+    Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on, those of its own document where there
+    are several (`starts`, see `documents.py`). Otherwise its own window.
     """
     total = _token_layout(_widen(out), pyramid)
     for level in range(pyramid.levels):
@@ -147,18 +150,35 @@ def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) ->
         rows = _present_rows(_widen(out), _level_slots(slots, level, pyramid))  # [B, H, W, D]
         shift = width - 1 if is_causal else 0
         reached = total[:, :, shift : shift + rows.shape[2] * width]
-        reached += rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
+        added = rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
+        if starts is not None:
+            own = _own_document(starts, level, pyramid)[:, shift : shift + reached.shape[2]]
+            added = torch.where(own[:, None, :, None], added, 0)
+        reached += added
     return total.to(out.dtype)
 
 
-def scatter_backward(grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter_backward(
+    grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """The adjoint of `scatter`: `[B, H, N, D]` -> `[B, H, S, D]`. Each entry sums the tokens that it concerns."""
     wide = _widen(grad)
     sums = []
     for level in range(pyramid.levels):
         shift = pyramid.pooling**level - 1 if is_causal else 0
-        sums.append(_blocks(wide, shift, level, pyramid).sum(-2))
+        concerned = wide
+        if starts is not None:
+            concerned = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
+        sums.append(_blocks(concerned, shift, level, pyramid).sum(-2))
     return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
+
+
+def _own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:
+    """Whether the window of a level that concerns a token, causally, lies in the token's document: bool `[B, N]`."""
+    width = pyramid.pooling**level
+    place = torch.arange(starts.shape[-1], device=starts.device) - (width - 1)
+    own: Tensor = (place >= 0) & (place // width * width >= starts)
+    return own
 
 
 def _widen(x: Tensor) -> Tensor:

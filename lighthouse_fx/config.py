@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 SCORERS = ("norm", "dilated", "gla")
-KERNELS = ("auto", "cudnn", "flash", "efficient", "math")
+KERNELS = ("auto", "cudnn", "flash", "efficient", "math", "flash-attn-4", "flash-attn")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
 
 
@@ -28,8 +28,10 @@ class LighthouseConfig:
             linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
         kernel: what attends to the gathered sub-sequence on a GPU: "auto" (cuDNN on Hopper and newer, otherwise
-            FlashAttention, as far as they can), or "cudnn", "flash", "efficient" or "math", an error where it cannot.
+            FlashAttention, as far as they can), or "cudnn", "flash", "efficient", "math", or the packages "flash-attn" and
+            "flash-attn-4" (extras of the same names), an error where it cannot.
         max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
+        max_documents: documents in a row that attention on a GPU keeps apart at most, an error beyond.
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
 
@@ -48,6 +50,7 @@ class LighthouseConfig:
     dilation: int = 64
     max_kept: float = 0.75
     kernel: str = "auto"
+    max_documents: int = 256
     dense_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -144,5 +147,6 @@ _CHECKS = {
     "dilation": _integer_from(1, "dilation=64"),
     "max_kept": _share,
     "kernel": _kernel,
+    "max_documents": _integer_from(1, "max_documents=256"),
     "dense_layers": _layers,
 }

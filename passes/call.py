@@ -19,6 +19,7 @@ from .regions import Region
 CALLS = "lighthouse_calls"
 NO_GRADIENTS = "lighthouse_no_gradients"  # a Refusal: the whole graph is traced without gradients
 DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
+DOCUMENTS = "lighthouse_documents"  # a placeholder of int32 [B, N]: where each token's document begins, for every call
 LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
 TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
 MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
@@ -47,9 +48,10 @@ class AttentionCall:
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
     the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
-    `documents`, where attention stays inside documents: a node of int `[B, N]`, the number of each token's document, which
-    never falls along a row. `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call
-    dense. `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
+    `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
+    each token's document, which never falls along a row.
+    `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
+    `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
 
     node: fx.Node

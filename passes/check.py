@@ -16,8 +16,21 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
+from ..kernels.documents import document_problem
 from ..kernels.shapes import shape_problem, tensor_problem
-from .call import CALLS, DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
+from .call import (
+    CALLS,
+    DENSE,
+    DOCUMENTS,
+    LAYERS,
+    NO_GRADIENTS,
+    TRAINING,
+    AttentionCall,
+    Layer,
+    constant,
+    fake,
+    for_each_call,
+)
 from .elements import is_one
 from .regions import regions
 from .writes import memories, target_of_write
@@ -32,6 +45,7 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     layer = gm.meta.get(LAYERS, lambda node: None)
     data = _data_behind(gm) if gm.meta[CALLS] else {}
     for_each_call(gm, lambda call: _supported(call, data))
+    for_each_call(gm, lambda call: _in_documents(call, gm.meta.get(DOCUMENTS), config))
     if (without := gm.meta.get(NO_GRADIENTS)) is None:
         for_each_call(gm, lambda call: _trains(call, trains))
     for_each_call(gm, lambda call: replace(call, rewritable=True))
@@ -138,6 +152,24 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         names = (", ".join(sorted(node.name for node in side.inputs)) or "parameters alone" for side in (asks, answers))
         return call.refuse("cross-attention: its query is made of {}, its key of {}".format(*names))
     return call
+
+
+def _in_documents(call: AttentionCall, given: fx.Node | None, config: LighthouseConfig) -> AttentionCall:
+    """Whether attention can be kept inside documents, where that is asked for, by the graph or by `documents(...)`."""
+    if call.documents is None:
+        call = replace(call, documents=given)
+    if call.documents is None:
+        return call
+    query, value, numbers = fake(call.query), fake(call.value), fake(call.documents)
+    assert query is not None and value is not None and numbers is not None, "checked before"
+    reason = document_problem(query, value, config.kernel)
+    if not call.is_causal:
+        reason = "attention that is not causal is not kept inside documents"
+    elif tuple(numbers.shape) != (query.shape[0], query.shape[2]):
+        reason = f"the documents are of {list(numbers.shape)} tokens, its queries of {[query.shape[0], query.shape[2]]}"
+    elif numbers.device != query.device:
+        reason = f"the documents are on {numbers.device}, its queries on {query.device}"
+    return replace(call, documents=None).refuse(reason) if reason else call
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,7 @@ _Bands = tuple[tuple[float, float], ...]
 _Nodes = tuple[tuple[fx.Node, Region], ...]
 _ANY_LENGTH = 2**32  # no symbolic size is greater
 _REMEDY = (
-    "pass is_causal=True and no attn_mask; with transformers, call the model without attention_mask and position_ids, "
-    "and compile it as a whole where it gives its blocks a mask"
+    "pass is_causal=True and no attn_mask; with transformers, call the model without attention_mask and position_ids"
 )
 
 
@@ -48,9 +47,7 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
-        mask = fake(call.mask)  # a bias on the scores, such as ALiBi's, is a mask of numbers
-        kind = " of numbers added to the scores" if mask is not None and mask.dtype != torch.bool else ""
-        return call.refuse(f"explicit attn_mask{kind}, not proved to be only causal: {why}", _REMEDY)
+        return call.refuse(f"explicit attn_mask, not proved to be only causal: {why}", _REMEDY)
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
         return call.refuse(
             "explicit attn_mask, not proved to be only causal: its construction was not understood", _REMEDY

@@ -12,6 +12,8 @@ After:
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
+Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
+each token's document begins.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from ..kernels.inner import has_choice
+from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
-from .call import CALLS, AttentionCall, fake
+from .call import CALLS, DOCUMENTS, AttentionCall, fake
 from .check import pyramid_of
+from .regions import brought
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _OPS = torch.ops.lighthouse_fx
@@ -41,10 +44,12 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     changed = []
     if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
+    if any(call.refusal is None for call in gm.meta[CALLS]):
+        require_package(config.kernel)
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
-            _rewrite(call, config, index)
+            _rewrite(call, config, index, gm.meta.get(DOCUMENTS))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -57,7 +62,7 @@ def _on_gpu(call: AttentionCall) -> bool:
     return out is not None and out.device.type == "cuda"
 
 
-def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
+def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, documents: fx.Node | None) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
@@ -89,10 +94,17 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
             empty(k, batch, groups, pyramid.size, dtype=torch.int32),
         )
+        starts: tuple[fx.Node, ...] = ()
+        if call.documents is not None and call.documents is documents:
+            starts = (brought(documents, call.region),)
+        elif call.documents is not None:
+            fakes[call.documents] = call.documents.meta["example_value"]
+            like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
+            starts = (function(_OPS.document_starts.default, call.documents, value=like),)
         selection = function(
             _OPS.select.default,
             q, k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
-            config.scorer, config.dilation, call.is_causal, scale, REVISION,
+            config.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
@@ -106,17 +118,25 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         ]  # fmt: skip
         out = fakes[node]
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
-        if not has_choice(out.device, config.kernel):
+        if starts:
+            inner = function(
+                _OPS.attention_in_documents.default,
+                *gathered, entries, *starts, levels, pooling, call.dropout_p, call.scale, call.enable_gqa,
+                config.max_documents, config.kernel,
+                value=attended,
+            )  # fmt: skip
+        elif not has_choice(out.device, config.kernel):
             inner = function(node.target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(
                 _OPS.attention.default,
-                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa, config.kernel,
+                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
+                resolved(out.device, config.kernel),
                 value=attended,
             )  # fmt: skip
         result = function(
             _OPS.scatter.default,
-            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION,
+            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
             value=out,
         )  # fmt: skip
     node.replace_all_uses_with(result)

@@ -23,6 +23,7 @@ _LATENT = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 _LATENT_NOTE = "nothing: keys of 16 dimensions and values of 12 are as good as any"
+_MASK_NOTE = "its layers are always given a mask, so compile it as a whole"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 
@@ -31,13 +32,15 @@ _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 class Entry:
     """A model and what is expected of it: for each attention of a step, in order, whether it is rewritten.
 
-    `breaks`: the model's own code breaks the graph; all others are compiled with fullgraph=True. `note` is for the reader.
+    `qk_norm`: queries and keys are all of one length, so that another scorer than their norms has to rank them. `breaks`: the
+    model's own code breaks the graph; all others are compiled with fullgraph=True. `note` is for the reader.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], torch.Tensor]
     whole: tuple[bool, ...] = (True,) * LAYERS
     layers: tuple[bool, ...] = (True,) * LAYERS
+    qk_norm: bool = False
     breaks: bool = False
     note: str = ""
 
@@ -140,7 +143,7 @@ MODELS = {
         build=causal("Mistral", head_dim=8, sliding_window=16), inputs=token_ids, whole=_DENSE, layers=_DENSE
     ),
     "Qwen2": Entry(build=causal("Qwen2"), inputs=token_ids),
-    "Qwen3": Entry(build=causal("Qwen3", head_dim=8), inputs=token_ids),
+    "Qwen3": Entry(build=causal("Qwen3", head_dim=8), inputs=token_ids, qk_norm=True),
     "Gemma 2": Entry(
         build=causal("Gemma2", **_GEMMA),
         inputs=token_ids,
@@ -155,25 +158,30 @@ MODELS = {
         inputs=token_ids,
         whole=(False, True),
         layers=(False, True),
+        qk_norm=True,
     ),
-    "OLMo 2": Entry(build=causal("Olmo2"), inputs=token_ids),
+    "OLMo 2": Entry(build=causal("Olmo2"), inputs=token_ids, qk_norm=True),
     "Phi-3": Entry(build=causal("Phi3", sliding_window=None), inputs=token_ids),
     "GPT-2": Entry(build=gpt2, inputs=token_ids),
     "GPT-NeoX": Entry(build=causal("GPTNeoX"), inputs=token_ids),
     "Falcon": Entry(
-        build=causal("Falcon", new_decoder_architecture=False, multi_query=True), inputs=token_ids, layers=_DENSE
+        build=causal("Falcon", new_decoder_architecture=False, multi_query=True),
+        inputs=token_ids,
+        layers=_DENSE,
+        note=_MASK_NOTE,
     ),
     "Falcon, grouped heads": Entry(
         build=causal("Falcon", new_decoder_architecture=True, num_kv_heads=2),
         inputs=token_ids,
         layers=_DENSE,
-        note="its repeated heads are kept, each with a selection of its own",
+        note=f"{_MASK_NOTE}; its repeated heads are kept, each with a selection of its own",
     ),
     "Falcon, ALiBi": Entry(
         build=causal("Falcon", new_decoder_architecture=False, multi_query=False, alibi=True),
         inputs=token_ids,
         whole=_DENSE,
         layers=_DENSE,
+        note="ALiBi adds to the scores what no causal mask adds",
     ),
     "StarCoder2": Entry(
         build=causal(
@@ -190,8 +198,10 @@ MODELS = {
         breaks=True,
         note="the loop breaks the graph, so that the mask is made in another one; transformers' other experts do not",
     ),
-    "OLMoE": Entry(build=mixture("Olmoe", **_EXPERTS), inputs=token_ids),
-    "Qwen3 MoE": Entry(build=mixture("Qwen3Moe", moe_intermediate_size=16, head_dim=8, **_EXPERTS), inputs=token_ids),
+    "OLMoE": Entry(build=mixture("Olmoe", **_EXPERTS), inputs=token_ids, qk_norm=True),
+    "Qwen3 MoE": Entry(
+        build=mixture("Qwen3Moe", moe_intermediate_size=16, head_dim=8, **_EXPERTS), inputs=token_ids, qk_norm=True
+    ),
     "DeepSeek V2": Entry(build=mixture("DeepseekV2", **_LATENT), inputs=token_ids, note=_LATENT_NOTE),
     "DeepSeek V3": Entry(
         build=mixture("DeepseekV3", n_group=2, topk_group=1, **_LATENT), inputs=token_ids, note=_LATENT_NOTE
