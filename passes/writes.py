@@ -48,16 +48,6 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
     return node.args[:1] if _writes_to_its_first_argument_only(node) else node.all_input_nodes
 
 
-def target_of_write(node: fx.Node) -> Sequence[Any]:
-    """The argument that an operation writes all its other arguments into, where it is known to do that."""
-    if node.op not in ("call_function", "call_method"):
-        return ()
-    try:
-        return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return ()
-
-
 def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
@@ -102,6 +92,16 @@ def _schemas(node: fx.Node) -> list[torch.FunctionSchema]:
 def _keeps_statistics(schema: torch.FunctionSchema) -> bool:
     """Batch norm writes to them, which its signature does not say."""
     return any(argument.name == "running_mean" for argument in schema.arguments)
+
+
+def target_of_write(node: fx.Node) -> Sequence[Any]:
+    """The argument that an operation writes all its other arguments into, where it is known to do that."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    try:
+        return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return ()
 
 
 def memories(values: Iterable[Any]) -> Iterator[int]:
