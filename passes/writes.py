@@ -68,7 +68,7 @@ def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
     written = [
         [argument.alias_info and argument.alias_info.is_write for argument in s.arguments] for s in _schemas(node)
     ]
-    return bool(written) and all(first and not any(others) for first, *others in written)
+    return bool(written) and all(flags and flags[0] and not any(flags[1:]) for flags in written)
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
@@ -92,6 +92,16 @@ def _schemas(node: fx.Node) -> list[torch.FunctionSchema]:
 def _keeps_statistics(schema: torch.FunctionSchema) -> bool:
     """Batch norm writes to them, which its signature does not say."""
     return any(argument.name == "running_mean" for argument in schema.arguments)
+
+
+def target_of_write(node: fx.Node) -> Sequence[Any]:
+    """The argument that an operation writes all its other arguments into, where it is known to do that."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    try:
+        return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return ()
 
 
 def memories(values: Iterable[Any]) -> Iterator[int]:
