@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -177,7 +176,7 @@ def _as_heads(raw: _Raw, like: torch.Tensor, before: fx.Node) -> Callable[[fx.Gr
         if not atoms:
             steps.append(("squeeze", (dim,)))
         if len(atoms) > 1:
-            known = [int(atom.size) if isinstance(atom.size, sympy.Integer) else -1 for atom in atoms]
+            known = [int(atom.size) if atom.size.is_Integer else -1 for atom in atoms]
             steps.append(("unflatten", (dim, tuple(known))))
         kinds += [atom.kind for atom in atoms]
     order = sorted(range(len(kinds)), key=lambda dim: (BATCH, HEAD, TOKEN, FEATURE).index(kinds[dim]))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
@@ -223,7 +223,7 @@ def _merged(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
 
 
 def _transposed(node: fx.Node, before: Sequence[Any], place: Place) -> Place | None:
-    dims = list(node.args[1:]) or [node.kwargs.get(name) for name in ("dim0", "dim1")]
+    dims: list[Any] = list(node.args[1:]) or [node.kwargs.get(name) for name in ("dim0", "dim1")]
     if len(dims) != 2 or not all(isinstance(dim, int) for dim in dims):
         return None
     moved = list(place)
@@ -233,7 +233,7 @@ def _transposed(node: fx.Node, before: Sequence[Any], place: Place) -> Place | N
 
 
 def _permuted(node: fx.Node, before: Sequence[Any], place: Place) -> Place | None:
-    dims = node.kwargs.get("dims", node.args[1:])
+    dims: Any = node.kwargs.get("dims", node.args[1:])
     dims = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
     if len(dims) != len(place) or not all(isinstance(dim, int) for dim in dims):
         return None
