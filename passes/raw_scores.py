@@ -25,13 +25,13 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels.shapes import tensor_problem
-from .call import AttentionCall, fake, for_each_call
+from .call import MODULE, AttentionCall, fake, for_each_call
 from .norms import normalised
 from .regions import Region
 from .rows import BATCH, FEATURE, HEAD, TOKEN, Place, holds_data, place_in, sizes, step_back
 from .writes import Writers, memories, written
 
-_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "lighthouse_module")
+_KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", MODULE)
 
 
 @dataclass(frozen=True, slots=True)
