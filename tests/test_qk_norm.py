@@ -186,7 +186,10 @@ def selection(function, *args):
     return kept[1], kept[0]
 
 
-@pytest.mark.parametrize("norm, rotary", [*((name, "rotate_half") for name in NORMS), *(("rms_norm", name) for name in ROTARY if name != "rotate_half")])
+SPELLINGS = [(name, "rotate_half") for name in NORMS] + [("rms_norm", name) for name in ROTARY if name != "rotate_half"]
+
+
+@pytest.mark.parametrize("norm, rotary", SPELLINGS)
 def test_every_spelling_is_scored_before_the_norm(norm, rotary):
     model, oracle = QKNorm(NORMS[norm], ROTARY[rotary]), QKNorm(NORMS[norm], ROTARY[rotary], raw=True)
     oracle.load_state_dict(model.state_dict())
