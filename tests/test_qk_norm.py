@@ -289,6 +289,16 @@ def test_one_side_alone():
     torch.testing.assert_close(out, functional(F.rms_norm(q, (D,)), k, v, score_query=q), **EXACT)
 
 
+def test_norm_after_the_rotary_embedding():
+    """What it normalises is turned already, which changes no length."""
+    q, k, v = (uneven(torch.randn(B, heads, N, D, dtype=DATA)).requires_grad_() for heads in (H, G, G))
+    function = lambda q, k, v: attention(*(F.rms_norm(rotate_half(x), (D,)) for x in (q, k)), v)  # noqa: E731
+    out = torch.compile(function, backend=passes_only, options=FIELDS)(q, k, v)
+    assert lighthouse_fx.reports()[-1].calls[0].scored == "query and key before their norms"
+    normed = (F.rms_norm(rotate_half(x), (D,)) for x in (q, k))
+    torch.testing.assert_close(out, functional(*normed, v, score_query=q, score_key=k), **EXACT)
+
+
 def test_raw_may_be_written_to_before_it_is_normalised():
     def function(q, k, v):
         q = q * 1
@@ -316,12 +326,18 @@ def statistic_overwritten(x, y, weight):
     return x * length.rsqrt()
 
 
+def along_equally_many_tokens(x, y, weight):
+    blocks = x.unflatten(2, (-1, D))  # [B, heads, N / D, D tokens, D]
+    return (blocks / blocks.norm(dim=-2).unsqueeze(-1)).flatten(2, 3)
+
+
 LOOK_ALIKES = {
     "no norm": lambda x, y, weight: rotate_half(x) * weight,
     "cubed": lambda x, y, weight: x * x.pow(2).mean(-1, keepdim=True),
     "root of a root": lambda x, y, weight: x / x.pow(2).mean(-1, keepdim=True).sqrt().sqrt(),
     "length of another": lambda x, y, weight: x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True)),
     "its other dimension": lambda x, y, weight: x / x.norm(dim=2, keepdim=True),
+    "along equally many tokens": along_equally_many_tokens,
     "along tokens": lambda x, y, weight: F.normalize(x, dim=2),
     "along tokens and features": lambda x, y, weight: F.layer_norm(x, (N, D)),
     "sum of magnitudes": lambda x, y, weight: F.normalize(x, p=1, dim=-1),
@@ -476,6 +492,7 @@ def test_norm_outside_a_checkpoint():
 # --- the functional form and the report -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 def test_functional_form_selects_by_what_it_is_given():
     q, k, v = (torch.randn(B, heads, N, D, dtype=DATA, requires_grad=True) for heads in (H, G, G))
     raw_q, raw_k = (uneven(torch.randn(B, N, heads, size, dtype=DATA)).transpose(1, 2) for heads, size in ((H, 5), (G, 3)))
