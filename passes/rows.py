@@ -75,7 +75,7 @@ def step_back(node: fx.Node, place: Place | None) -> Step | None:
     before: Place | None
     if name in _REARRANGED and place is not None:
         before = _REARRANGED[name](node, sizes(_tensor(source)), place)
-    elif name in _REARRANGED or name in _COPIES:
+    elif name in _REARRANGED or name in _NOT_FOLLOWED:
         before = None
     else:
         return None
@@ -287,7 +287,8 @@ _REARRANGED: Mapping[str, Callable[[fx.Node, Sequence[Any], Place], Place | None
     "view_as_complex": _as_complex,
     "view_as_real": _as_real,
 }
-_COPIES = frozenset({"expand", "expand_as", "repeat_interleave", "repeat", "narrow", "index_select", "movedim"})
+# Rows are lost here, but a norm behind it still makes lengths equal.
+_NOT_FOLLOWED = frozenset({"expand", "expand_as", "repeat_interleave", "repeat", "narrow", "index_select", "movedim"})
 CASTS = frozenset(
     {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "alias"}
 )
