@@ -256,12 +256,15 @@ def attend(
     kernel: str = "auto",
     starts: Tensor | None = None,
     max_documents: int = 256,
+    score_q: Tensor | None = None,
+    score_k: Tensor | None = None,
 ) -> Tensor:
     """The op sequence that the compiler pass writes into a graph, as a function: select, gather, attend, scatter.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
         starts: int32 `[B, N]`, where each token's document begins, at most `max_documents` in a row; None: one document.
+        score_q: `[B, H, N, *]`, what the scorer reads in place of q; score_k: `[B, G, N, *]`.
 
     Returns:
         `[B, H, N, Dv]` in q's dtype.
@@ -269,8 +272,8 @@ def attend(
     require_package(kernel)
     length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
     entries, slots = select(
-        q,
-        k,
+        q if score_q is None else score_q,
+        k if score_k is None else score_k,
         v,
         levels,
         pooling,

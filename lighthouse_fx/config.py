@@ -24,8 +24,8 @@ class LighthouseConfig:
         topk: windows expanded per level over the whole sequence, `k >= 1`.
         quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128.
         keep_first: always expand window 0, so that no token is left without output.
-        scorer: "norm" (norms of q and k), "dilated" (norms of two strided attention passes) or "gla" (of two passes of
-            linear attention; on a GPU by fla-core, the extra `gla`).
+        scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
+            attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
         kernel: what attends to the gathered sub-sequence on a GPU: "auto" (cuDNN on Hopper and newer, otherwise
             FlashAttention, as far as they can), or "cudnn", "flash", "efficient", "math", or the packages "flash-attn" and

@@ -111,8 +111,9 @@ def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None =
         cu_seqlens: integer `[documents + 1]`, the borders of one packed row, `[0, ..., N]`; instead of `document_ids`.
 
     Give tensors on the CPU, as a data loader makes them: then, without waiting for a GPU, windows that the budget cannot
-    expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context. Attention that stays dense does not know of it (a warning says
-    so): there the model's own mask has to do it. What is computed: README, "Packed documents".
+    expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context.
+    Attention that stays dense does not know of it (a warning says so): there the model's own mask has to do it. What is
+    computed: README, "Packed documents".
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.

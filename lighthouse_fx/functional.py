@@ -30,6 +30,8 @@ def lighthouse_attention(
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
     documents: Tensor | None = None,
+    score_query: Tensor | None = None,
+    score_key: Tensor | None = None,
     config: LighthouseConfig | None = None,
 ) -> Tensor:
     """Lighthouse attention, eager or compiled, differentiable in query, key and value.
@@ -41,6 +43,8 @@ def lighthouse_attention(
         enable_gqa: allow `G < H`, grouped-query attention; `H % G` must be 0.
         dropout_p: probability of dropping an attention weight in the gathered sub-sequence.
         documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside.
+        score_query: `[B, H, N, *]`, what the `norm` scorer reads in place of query; score_key: `[B, G, N, *]`. Where a norm
+            makes all queries and keys equally long (QK-norm), give them as they were before it. No gradient flows here.
         config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept` and `dense_layers` concern the
             compiler only: a call of this function is always Lighthouse, whatever the stage.
 
@@ -56,6 +60,8 @@ def lighthouse_attention(
     _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
     _check_tensors(query, key, value, enable_gqa=enable_gqa)
     starts = None if documents is None else _starts(documents, query, value, is_causal=is_causal, config=config)
+    _check_scored("score_query", score_query, query, config)
+    _check_scored("score_key", score_key, key, config)
     pyramid = pyramid_over(query.shape[2], config)
     if pyramid.coarse == 0 and starts is None:
         _log.debug("dense: %d tokens are fewer than one coarsest window of %d", query.shape[2], pyramid.widest)
@@ -76,6 +82,8 @@ def lighthouse_attention(
         kernel=config.kernel,
         starts=starts,
         max_documents=config.max_documents,
+        score_q=score_query,
+        score_k=score_key,
     )
 
 
@@ -143,3 +151,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: boo
             raise ValueError(
                 f"query, key and value differ in {what}: {', '.join(map(str, found))}: convert them with .to({found[0]})"
             )
+
+
+def _check_scored(name: str, x: Any, like: Tensor, config: LighthouseConfig) -> None:
+    """What a scorer is to read must have a row for every row of query or key."""
+    if x is None:
+        return
+    of = name.removeprefix("score_")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}={x!r} is a {type(x).__name__}: give a tensor with the rows of {of}, or None")
+    if config.scorer != "norm":
+        raise ValueError(
+            f"{name} was given and the scorer is {config.scorer!r}, which attends with query and key themselves: leave {name} "
+            "out, or use scorer='norm'"
+        )
+    if problem := tensor_problem(name, x):
+        raise TypeError(problem)
+    if x.dim() != 4 or x.shape[:3] != like.shape[:3] or x.shape[3] == 0:
+        shapes = f"{list(x.shape)}, and {of} {list(like.shape)}"
+        raise ValueError(f"{name} has shape {shapes}: give the same batch, heads and tokens, and any last dimension")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} and {of} on {like.device}: move it with .to({str(like.device)!r})")

@@ -26,7 +26,7 @@ from .passes.rewrite import REWRITTEN_FROM
 
 Shape = tuple[int | str, ...]
 
-_COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense FLOPs", "ops", "rewritten")
+_COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense FLOPs", "ops", "scores", "rewritten")
 _NOTHING_TRACED = "nothing was traced: no tensor operation ran where torch.compile could see it"
 _NO_ATTENTION = (
     "no attention call was found: the model has to call torch.nn.functional.scaled_dot_product_attention "
@@ -45,6 +45,8 @@ class AttentionRecord:
         length: N; gathered: S, None where the call was refused before S was known.
         flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
         ops: what serves the ops of a rewritten call on its device, "Triton" or "plain PyTorch"; "" where it is dense.
+        scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
+            configuration's, "" where it reads query and key as they are.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -62,6 +64,8 @@ class AttentionRecord:
     reason: str
     remedy: str
     ops: str = ""
+    scorer: str = ""
+    scored: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,11 +122,12 @@ class Report:
         return table
 
     def _cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """Columns and rows of the table. The ops are told where there are any; a table without calls says so."""
+        """Columns and rows of the table. Ops and scores are told where there are any; a table without calls says so."""
         if not self.calls:
             reason = _NO_ATTENTION if self.graphs else _NOTHING_TRACED
             return ("module", "rewritten"), [("-", f"no: {reason}")]
-        shown = [n for n, column in enumerate(_COLUMNS) if column != "ops" or self.rewritten]
+        told = {"ops": self.rewritten, "scores": any(call.scored for call in self.calls)}
+        shown = [n for n, column in enumerate(_COLUMNS) if told.get(column, True)]
         return [_COLUMNS[n] for n in shown], [[row[n] for n in shown] for row in map(_row, self.calls)]
 
     def print(self, console: Console | None = None) -> None:
@@ -210,6 +215,7 @@ def _row(call: AttentionRecord) -> tuple[str, ...]:
         _or_dash(call.gathered),
         "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
         call.ops or "-",
+        ": ".join(filter(None, (call.scorer, call.scored))) or "-",
         outcome,
     )
 
@@ -237,6 +243,8 @@ def record(call: AttentionCall) -> AttentionRecord:
         rewritten=call.refusal is None,
         reason=call.refusal.reason if call.refusal else "",
         remedy=call.refusal.remedy if call.refusal else "",
+        scorer=call.scorer if call.refusal is None else "",
+        scored=call.scored if call.refusal is None else "",
         ops=serving(query.device) if query is not None and call.refusal is None else "",
     )
 

@@ -50,6 +50,8 @@ class AttentionCall:
     the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
     each token's document, which never falls along a row.
+    `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
+    the call's own, and `scored` says what it reads or why it is another than the configuration's, "" where nothing is special.
     `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
@@ -69,6 +71,10 @@ class AttentionCall:
     documents: Any = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    score_query: fx.Node | None = None
+    score_key: fx.Node | None = None
+    scorer: str = ""
+    scored: str = ""
     rewritable: bool = False
     gathered: Any = None
     refusal: Refusal | None = None

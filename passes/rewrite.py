@@ -11,6 +11,7 @@ After:
     inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
+`select` reads what the scorer is to read, which for the `norm` scorer may be q and k before a norm (`raw_scores.py`).
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
 each token's document begins.
@@ -42,7 +43,7 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
     """Replace each accepted `scaled_dot_product_attention` by select, three gathers, itself on S entries, and scatter."""
     changed = []
-    if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
+    if any(call.refusal is None and call.scorer == "gla" and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
     if any(call.refusal is None for call in gm.meta[CALLS]):
         require_package(config.kernel)
@@ -85,7 +86,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, document
 
     levels, pooling = config.levels, config.pooling
     # The scale matters to a scorer that attends; elsewhere it would only tie the selection to a traced number.
-    scale = call.scale if config.scorer != "norm" else None
+    scale = call.scale if call.scorer != "norm" else None
     with graph.inserting_before(node):
         length = pyramid.length
         if isinstance(length, torch.SymInt):
@@ -103,8 +104,8 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, document
             starts = (function(_OPS.document_starts.default, call.documents, value=like),)
         selection = function(
             _OPS.select.default,
-            q, k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
-            config.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
+            call.score_query or q, call.score_key or k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
+            call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))

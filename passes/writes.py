@@ -52,7 +52,7 @@ def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
         return False
-    if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_METHODS:
+    if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_NAMES:
         return True
     if is_interpreted(node) and not name.endswith("_"):
         return True
@@ -116,7 +116,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(x, torch.Tensor)]
 
 
-_PURE_METHODS = frozenset({"cpu", "cuda"})  # besides those that have a schema
+_PURE_NAMES = frozenset({"cpu", "cuda", "normalize"})  # besides those that have a schema
 _PURE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     getattr(operator, name)
     for name in (
