@@ -32,6 +32,8 @@ class LighthouseConfig:
         max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
+        assume_causal: take an explicit mask that is not proved to be causal, nor to be anything else, for causal; the
+            compiled model checks the mask in every step, and raises where it is another.
 
     Source: SPEC.md, "Names" and "The four stages".
 
@@ -49,6 +51,7 @@ class LighthouseConfig:
     max_kept: float = 0.75
     kernel: str = "auto"
     dense_layers: tuple[int | str, ...] = ()
+    assume_causal: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
@@ -145,4 +148,5 @@ _CHECKS = {
     "max_kept": _share,
     "kernel": _kernel,
     "dense_layers": _layers,
+    "assume_causal": _boolean,
 }

@@ -37,8 +37,8 @@ def lighthouse_attention(
         scale: factor on the scores, `1/sqrt(D)` by default.
         enable_gqa: allow `G < H`, grouped-query attention; `H % G` must be 0.
         dropout_p: probability of dropping an attention weight in the gathered sub-sequence.
-        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept` and `dense_layers` concern the
-            compiler only: a call of this function is always Lighthouse, whatever the stage.
+        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept`, `dense_layers` and `assume_causal`
+            concern the compiler only: a call of this function is always Lighthouse, whatever the stage.
 
     Returns:
         `[B, H, N, Dv]`. A sequence shorter than one coarsest window (`p^(L-1)` tokens) is plain dense attention.

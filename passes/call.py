@@ -46,9 +46,11 @@ class AttentionCall:
     """One attention call, its arguments as nodes or constants, and what became of it.
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
-    the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
-    `documents`, where attention stays inside documents: a node of int `[B, N]`, the number of each token's document, which
-    never falls along a row. `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
+    the nodes that built it, each with its region. Where it is neither proved nor disproved it is `unproved` instead, with
+    the `doubt`: configured to `assume_causal`, the call counts as causal and the graph checks that mask, else it is refused.
+    `repeat_nodes` are those that repeated the heads of key and value. `documents`, where attention stays inside documents:
+    a node of int `[B, N]`, the number of each token's document, which never falls along a row.
+    `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
 
@@ -65,6 +67,8 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     documents: Any = None
+    unproved: Any = None
+    doubt: Refusal | None = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     rewritable: bool = False

@@ -4,7 +4,8 @@
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)     ->  its AttentionCall now says is_causal=True, mask=None
 
 The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
-is not proved, whatever that input holds today.
+is not proved, whatever that input holds today. Nor is it disproved: it may be assumed to be causal, by the configuration,
+and checked when it is there. A mask that is shown to be another is never assumed to be causal.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .call import DENSE, AttentionCall, fake, for_each_call
+from .call import AttentionCall, Refusal, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one
 from .operations import OPERATIONS, is_fresh
 from .regions import Region
@@ -31,27 +33,31 @@ _ANY_LENGTH = 2**32  # no symbolic size is greater
 _REMEDY = (
     "pass is_causal=True and no attn_mask; with transformers, call the model without attention_mask and position_ids"
 )
+_OR_ASSUME = (
+    f"{_REMEDY}; pack with documents instead of padding; or, if the mask is always causal, set assume_causal=True, "
+    "which checks that in every step"
+)
+_CHECKED = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def prove_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Turn calls with a provable mask into causal (or full) calls; refuse the others with what stands in the way."""
-    if DENSE not in gm.meta:
-        writers = functools.cache(lambda: written(gm))
-        for_each_call(gm, lambda call: _prove(call, writers) if call.mask is not None else call)
+    """Turn calls with a provable mask into causal (or full) calls; refuse those with another mask, and note every doubt."""
+    writers = functools.cache(lambda: written(gm))
+    for_each_call(gm, lambda call: _prove(call, writers) if call.mask is not None else call)
     return gm
 
 
 def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall:
-    if call.region.opaque:
+    if call.region.opaque or call.is_causal is not False:
         return call
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
-        return call.refuse(f"explicit attn_mask, not proved to be only causal: {why}", _REMEDY)
+        return _in_doubt(call, str(why))
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return call.refuse(
-            "explicit attn_mask, not proved to be only causal: its construction was not understood", _REMEDY
-        )
+        return _in_doubt(call, "its construction was not understood")
+    if bands is None:
+        return call.refuse("attn_mask adds a bias other than 0 and -inf", _REMEDY)
     if bands == ((-last, last),):
         return replace(call, mask=None, mask_nodes=visited)
     if bands == ((0, last),):
@@ -61,8 +67,35 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
     return call.refuse("attn_mask is neither causal nor full", _REMEDY)
 
 
-def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands, float, _Nodes]:
-    """The bands of diagonals `i - j` that a call's mask lets through, the last diagonal, and the nodes that build the mask."""
+def _in_doubt(call: AttentionCall, why: str) -> AttentionCall:
+    """The call as causal, with its doubt, where a check can stand for the proof; refused elsewhere."""
+    refusal = Refusal(reason=f"explicit attn_mask, not proved to be only causal: {why}", remedy=_OR_ASSUME)
+    if (problem := _never_causal(call)) is not None:
+        return call.refuse(f"{refusal.reason}; {problem}", _REMEDY)
+    return replace(call, mask=None, is_causal=True, unproved=call.mask, doubt=refusal)
+
+
+def _never_causal(call: AttentionCall) -> str | None:
+    """Why a mask cannot be checked to be the causal mask, or cannot be it whatever it holds."""
+    mask, query, key = fake(call.mask), fake(call.query), fake(call.key)
+    if mask is None or query is None or key is None or query.dim() != 4 or not 2 <= mask.dim() <= 4:
+        return "its shape is not known"
+    if is_traceable_wrapper_subclass(mask) or mask.dtype not in _CHECKED:
+        return f"a {type(mask).__name__} of {mask.dtype} is not checked"
+    if mask.requires_grad:
+        return "it is trained, or depends on what is"
+    if any(size != query.shape[2] for size in (*mask.shape[-2:], key.shape[2])):
+        return f"its shape {list(mask.shape)} has not a row and a column for each of {query.shape[2]} tokens"
+    # An expanded batch of queries is a wider output, which the rewritten attention would not have.
+    wide = any(size != of and not is_one(size) for size, of in zip(mask.shape[-3::-1], query.shape[1::-1], strict=False))
+    return "its batch or heads are not those of the query" if wide else None
+
+
+def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands | None, float, _Nodes]:
+    """The bands of diagonals `i - j` that a call's mask lets through, the last diagonal, and the nodes that build the mask.
+
+    No bands where it is a bias and no mask.
+    """
     mask, query, key = fake(call.mask), fake(call.query), fake(call.key)
     if mask is None or query is None or key is None or query.dim() != 4 or not 2 <= mask.dim() <= 4:
         raise Unproven("its shape is not known")
@@ -77,17 +110,19 @@ def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands, float, _Nodes]
     _refuse_shared_writes(elements.visited, writers)
     length = query.shape[2]
     last = length - 1 if isinstance(length, int) else math.inf
+    if allowed is None:
+        return None, last, ()
     return (allowed & Diagonals(((-last, last),))).bands, last, tuple(elements.visited.items())
 
 
-def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals:
-    """The diagonals on which a mask lets the key be seen."""
+def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals | None:
+    """The diagonals on which a mask lets the key be seen. None where it does other things to keys, too."""
     if dtype == torch.bool:
         return mask.where(bool)
     # An added bias is a mask where it is 0 or takes the whole weight away. NaN is neither; Elements does not let it through.
     lowest = torch.finfo(dtype).min
     if not all(value == 0 or value <= lowest for _, value in mask.parts):
-        raise Unproven("it adds a bias other than 0 and -inf")
+        return None
     return mask.where(lambda value: value == 0)
 
 

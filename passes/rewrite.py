@@ -11,6 +11,9 @@ After:
     inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
+Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/causal_mask.py`):
+    check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
+
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +34,7 @@ from ..kernels.inner import has_choice
 from ..kernels.scorers import require_fla
 from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
+from .regions import Region
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _OPS = torch.ops.lighthouse_fx
@@ -44,7 +49,7 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
-            _rewrite(call, config, index)
+            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -57,7 +62,24 @@ def _on_gpu(call: AttentionCall) -> bool:
     return out is not None and out.device.type == "cuda"
 
 
-def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
+def _mask_users(call: AttentionCall, calls: Sequence[AttentionCall]) -> str:
+    """The calls whose mask is this call's, by the first. Equal for all of them: equal checks become one when compiled."""
+    if call.unproved is None:
+        return ""
+    mask = _origin(call.unproved, call.region)
+    users = [other for other in calls if other.unproved is not None and _origin(other.unproved, other.region) is mask]
+    name = f"{users[0].module or 'an attention call'} ({Path(users[0].source).name})"
+    return name if len(users) == 1 else f"{name} and {len(users) - 1} more"
+
+
+def _origin(node: Any, region: Region) -> Any:
+    """What a subgraph's input is outside of it, where only one place calls the subgraph."""
+    while node.op == "placeholder" and len(operands := region.operands(node)) == 1:
+        ((region, node),) = operands
+    return node
+
+
+def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, mask_users: str) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
@@ -96,6 +118,10 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
+        if call.unproved is not None:
+            zero = empty(k, dtype=torch.int32)
+            check = function(_OPS.check_causal.default, call.unproved, mask_users, REVISION, value=zero)
+            entries = function(operator.add, entries, check, value=index_tensors[0])
         gathered = [
             function(
                 _OPS.gather.default,
