@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import FIELDS, passes_only
 from test_masks import attend, by_arange
 from test_passes import only_call, targets
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.kernels import reference
 from lighthouse_fx.passes import writes
 from lighthouse_fx.passes.operations import OPERATIONS
 
@@ -288,6 +291,133 @@ def test_write_in_a_shared_subgraph_counts_for_each_of_its_callers():
 
     _, call = only_call(function, heads())
     assert "may be changed in place, by zero_" in call.refusal.reason
+
+
+# --- masks that are assumed to be causal, and lie ---------------------------------------------------------------------
+
+ASSUME = LighthouseConfig(**FIELDS, assume_causal=True)
+M = 64  # tokens
+
+
+def additive(dtype, hidden=None):
+    """The causal mask as numbers to add: 0, and -inf or what is given."""
+    return torch.zeros(M, M, dtype=dtype).masked_fill(~by_arange(M), -math.inf if hidden is None else hidden)
+
+
+def with_value(mask, *at, value):
+    mask = mask.clone()
+    mask[at] = value
+    return mask
+
+
+def repeated(mask):
+    return mask.repeat(2, 3, 1, 1)  # [B, H, N, N]
+
+
+TRUE = {
+    "bool": lambda: by_arange(M),
+    "-inf": lambda: additive(torch.float32),
+    "lowest": lambda: additive(torch.float32, torch.finfo(torch.float32).min),
+    "lowest of float16": lambda: additive(torch.float16, torch.finfo(torch.float16).min),
+    "lowest of bfloat16": lambda: additive(torch.bfloat16, torch.finfo(torch.bfloat16).min),
+    "-inf and lowest": lambda: with_value(additive(torch.float32), 0, 1, value=torch.finfo(torch.float32).min),
+    "minus zero": lambda: with_value(additive(torch.float32), 3, 3, value=-0.0),
+    "transposed": lambda: torch.ones(M, M).triu().bool().T,
+    "every other row and column": lambda: by_arange(2 * M)[::2, ::2],
+    "repeated": lambda: repeated(by_arange(M)),
+    "expanded": lambda: by_arange(M).expand(2, 3, M, M),
+}
+LIES = {
+    "the last token hides the first": lambda: with_value(by_arange(M), M - 1, 0, value=False),
+    "the first token sees the last": lambda: with_value(by_arange(M), 0, M - 1, value=True),
+    "below the diagonal": lambda: torch.eye(M, dtype=torch.bool),
+    "above the diagonal": lambda: torch.ones(M, M, dtype=torch.bool),
+    "without the diagonal": lambda: by_arange(M) & ~torch.eye(M, dtype=torch.bool),
+    "one above the diagonal": lambda: torch.ones(M, M, dtype=torch.bool).tril(1),
+    "nothing is seen": lambda: torch.zeros(M, M, dtype=torch.bool),
+    "one row hidden": lambda: with_value(by_arange(M), 17, value=False),
+    "one batch row": lambda: with_value(repeated(by_arange(M)), 1, 2, M - 1, M - 1, value=False),
+    "one head": lambda: with_value(repeated(by_arange(M)), slice(None), 1, 0, 1, value=True),
+    "a head of a mask without batch": lambda: with_value(by_arange(M).repeat(3, 1, 1), 2, 5, 6, value=True),
+    "padding on the left": lambda: by_arange(M) & (torch.arange(M) > 2),
+    "padding on the right": lambda: by_arange(M) & (torch.arange(M) < M - 1),
+    "sliding window": lambda: by_arange(M) & ~torch.ones(M, M, dtype=torch.bool).tril(-40),
+    "documents": lambda: by_arange(M) & (torch.arange(M)[:, None] // 32 == torch.arange(M) // 32),
+    "NaN where it hides": lambda: with_value(additive(torch.float32), 0, 1, value=math.nan),
+    "NaN where it shows": lambda: with_value(additive(torch.float32), 1, 0, value=math.nan),
+    "+inf where it hides": lambda: with_value(additive(torch.float32), 0, 1, value=math.inf),
+    "a bias": lambda: with_value(additive(torch.float32), M - 1, 0, value=1e-30),
+    "a negative bias": lambda: with_value(additive(torch.float32), M - 1, 0, value=-1.0),
+    "nearly hidden": lambda: additive(torch.float32, -1e9),
+    "nearly hidden in float16": lambda: additive(torch.float16, -65472.0),
+    "lowest of a narrower dtype": lambda: additive(torch.float32, torch.finfo(torch.bfloat16).min),
+    "ones and zeros, not added": lambda: by_arange(M).float(),
+    "hides where it should show": lambda: additive(torch.float16).T,
+}  # fmt: skip
+
+
+def small_heads(dtype=torch.float32):
+    return torch.randn(2, 3, M, 4, dtype=dtype, requires_grad=True)
+
+
+def assumed(mask):
+    run = torch.compile(attend, backend=passes_only, options=FIELDS | {"assume_causal": True}, fullgraph=True)
+    return run, small_heads(torch.float32 if mask.dtype == torch.bool else mask.dtype)
+
+
+@pytest.mark.parametrize("name", TRUE)
+def test_assumed_mask_that_is_causal_passes(name):
+    mask = TRUE[name]()
+    run, q = assumed(mask)
+    oracle = lighthouse_attention(q, q, q, is_causal=True, config=ASSUME)
+    torch.testing.assert_close(run(q, mask), oracle, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows_at_once", [None, 3])
+@pytest.mark.parametrize("name", LIES)
+def test_assumed_mask_that_lies_raises(name, rows_at_once, monkeypatch):
+    mask = LIES[name]()
+    if rows_at_once:  # as for a mask that is too large to be looked at at once
+        monkeypatch.setattr(reference, "_LOOKED_AT", rows_at_once * mask.numel() // M)
+    run, q = assumed(mask)
+    with pytest.raises(ValueError, match="is not the causal mask: for query"):
+        run(q, mask)
+
+
+@pytest.mark.slow
+def test_assumed_mask_is_checked_at_each_call_when_it_is_written_to_in_between():
+    def function(q, mask):
+        first = attend(q, mask)
+        mask[2, 9] = True
+        return first + attend(q, mask)
+
+    for backend in (passes_only, "lighthouse"):
+        run = torch.compile(function, backend=backend, options=FIELDS | {"assume_causal": True}, fullgraph=True)
+        with pytest.raises(Exception, match="for query 2 and key 9 it shows it"):
+            run(small_heads(), by_arange(M))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [passes_only, "lighthouse"])
+def test_assumed_mask_that_is_written_to_after_its_use_passes(backend):
+    def function(q, mask):
+        out = attend(q, mask)
+        mask.zero_()
+        return out
+
+    run, q = torch.compile(function, backend=backend, options=FIELDS | {"assume_causal": True}), small_heads()
+    oracle = lighthouse_attention(q, q, q, is_causal=True, config=ASSUME)
+    torch.testing.assert_close(run(q, by_arange(M)), oracle)
+
+
+def test_lie_is_found_where_little_of_the_output_is_used():
+
+    def function(q, mask):
+        return attend(q, mask)[:, :, :1]
+
+    run = torch.compile(function, backend="lighthouse", options=FIELDS | {"assume_causal": True}, fullgraph=True)
+    with pytest.raises(Exception, match="for query 60 and key 63 it shows it"):
+        run(small_heads(), with_value(by_arange(M), 60, 63, value=True))
 
 
 # --- a compilation never fails because of a mask ----------------------------------------------------------------------
