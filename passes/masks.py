@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,10 +22,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .call import AttentionCall, Refusal, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one
-from .operations import OPERATIONS, is_fresh
+from .in_place import History
+from .operations import OPERATIONS
 from .regions import Region
 from .symbolic import Cases, Diagonals, Unproven, as_cases, coordinate
-from .writes import Writers, memories, written
+from .writes import Writers, written
 
 _Bands = tuple[tuple[float, float], ...]
 _Nodes = tuple[tuple[fx.Node, Region], ...]
@@ -104,10 +105,11 @@ def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands | None, float, 
         raise Unproven(f"its shape {list(mask.shape)} does not fit {list(full)}")
     names = "bhij"[4 - mask.dim() :]
     sizes = {name: size if isinstance(size, int) else _ANY_LENGTH for name, size in zip(names, full, strict=True)}
-    elements = Elements(OPERATIONS, sizes)
+    history = History(writers)
+    elements = Elements(OPERATIONS, sizes, history.held)
     where = tuple(ORIGIN if is_one(size) else coordinate(name) for size, name in zip(mask.shape, names, strict=True))
-    allowed = _allowed(as_cases(elements.at(call.mask, call.region, where)), mask.dtype)
-    _refuse_shared_writes(elements.visited, writers)
+    allowed = _allowed(as_cases(elements.at(call.mask, call.region, where, call.node)), mask.dtype)
+    history.refuse_other_writes(elements.visited)
     length = query.shape[2]
     last = length - 1 if isinstance(length, int) else math.inf
     if allowed is None:
@@ -124,19 +126,3 @@ def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals | None:
     if not all(value == 0 or value <= lowest for _, value in mask.parts):
         return None
     return mask.where(lambda value: value == 0)
-
-
-def _refuse_shared_writes(visited: Mapping[fx.Node, Region], writers: Writers) -> None:
-    """A proof reads each node as if nothing wrote to its memory, so nothing may.
-
-    A fresh tensor written to by its only user, through which the proof went, is fine.
-    """
-    for node in visited:
-        read = list(memories([node]))
-        if len(read) != 1:
-            raise Unproven(f"the memory of {node.name} is not known")
-        for write in writers.get(read[0], ()):
-            base = write.args[0] if write.args else None
-            only_user = isinstance(base, fx.Node) and is_fresh(base) and len(base.users) == 1
-            if not (only_user and write in visited):
-                raise Unproven(f"it may be changed in place, by {write.name}")
