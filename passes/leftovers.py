@@ -49,11 +49,15 @@ def _removable(node: fx.Node, candidates: dict[fx.Node, Region]) -> bool:
 
 
 def _nobody_reads(tensor: fx.Node, candidates: dict[fx.Node, Region]) -> bool:
-    """Whether all that is left of a tensor are in-place operations that return it, unused."""
-    return all(
-        user in candidates and writes_in_place(user) and user.args[0] is tensor and _nobody_reads(user, candidates)
-        for user in tensor.users
-    )
+    """Whether all that is made of a tensor is to be removed, too. What is written to it is seen by whatever else reads it."""
+    seen, to_see = {tensor}, [tensor]
+    while to_see:
+        users = to_see.pop().users.keys() - seen
+        if not users <= candidates.keys():
+            return False
+        seen |= users
+        to_see += users
+    return True
 
 
 def _drop_operand(placeholder: fx.Node, region: Region) -> None:

@@ -62,6 +62,18 @@ def _unwritten(wanted: Wanted) -> Element:
     raise Unproven("it depends on memory that nothing was written to")
 
 
+def _overwritten(value: Handler) -> Handler:
+    """A tensor filled anew, whatever it held before."""
+
+    def handler(wanted: Wanted) -> Element:
+        base = wanted.arguments["input"]
+        if isinstance(base, fx.Node) and is_fresh(base):
+            wanted.elements.visited[base] = wanted.region
+        return value(wanted)
+
+    return handler
+
+
 def _same_everywhere(value: int) -> Handler:
     return lambda wanted: element(value)
 
@@ -255,8 +267,9 @@ OPERATIONS: dict[str, Operation] = _CREATORS | {
     "swapaxes": transposed("axis0", "axis1"),
     "getitem": (item, ("input", "index")),
     "setitem": (_assigned, ("input", "index", "value")),
-    "fill_": (_filled("value"), ("input", "value")), "zero_": (_same_everywhere(0), ("input",)),
-    "copy_": (_filled("src"), ("input", "src", REST)),
+    "fill_": (_overwritten(_filled("value")), ("input", "value")),
+    "zero_": (_overwritten(_same_everywhere(0)), ("input",)),
+    "copy_": (_overwritten(_filled("src")), ("input", "src", REST)),
     **dict.fromkeys(("tril", "tril_"), (_triangle("le"), ("input", "diagonal"))),
     **dict.fromkeys(("triu", "triu_"), (_triangle("ge"), ("input", "diagonal"))),
     "cumsum": (_cumsum, ("input", "dim", REST)),

@@ -1,6 +1,8 @@
 """`assume_causal`: a mask that nobody could prove counts as causal, and the compiled model raises where it is not."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -281,3 +283,34 @@ def test_transformers_with_packed_positions():
     packed = torch.cat([torch.arange(N // 2)] * 2).expand(2, N)
     with pytest.raises(ValueError, match=f"query {N // 2} and key 0 of head 0 of batch row 0 it hides it"):
         run(input_ids=ids, position_ids=packed)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+ON_A_GPU = """
+import torch
+import torch.nn.functional as F
+options = {"levels": 3, "pooling": 2, "topk": 8, "assume_causal": True}
+run = torch.compile(lambda q, mask: F.scaled_dot_product_attention(q, q, q, attn_mask=mask), backend="lighthouse", options=options)
+q = torch.randn(2, 4, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+mask = torch.ones(64, 64, device="cuda").tril().bool()
+with torch.cuda.stream(torch.cuda.Stream()):
+    run(q, mask).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    run(q, mask).sum().backward()
+    torch.cuda.set_sync_debug_mode("default")
+torch.cuda.synchronize()
+print("passed", flush=True)
+mask[3, 9] = True
+run(q, mask)
+torch.cuda.synchronize()
+print("not seen", flush=True)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_lie_on_a_gpu_is_a_device_side_assertion_and_nobody_waits():
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["passed"], done.stderr[-3000:]
+    assert "assert" in done.stderr
