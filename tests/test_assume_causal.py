@@ -291,7 +291,9 @@ ON_A_GPU = """
 import torch
 import torch.nn.functional as F
 options = {"levels": 3, "pooling": 2, "topk": 8, "assume_causal": True}
-run = torch.compile(lambda q, mask: F.scaled_dot_product_attention(q, q, q, attn_mask=mask), backend="lighthouse", options=options)
+def attend(q, mask):
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+run = torch.compile(attend, backend="lighthouse", options=options)
 q = torch.randn(2, 4, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 mask = torch.ones(64, 64, device="cuda").tril().bool()
 with torch.cuda.stream(torch.cuda.Stream()):
