@@ -28,6 +28,10 @@ ORIGIN = Affine()
 REST = "*"  # further positional arguments, such as sizes, which show in the result's shape and dtype
 _SHOWN_IN_THE_RESULT = frozenset({"size", "shape", "dim", "dtype", "device", "layout"})
 _COMPARISONS = frozenset({"__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"})  # so named before torch 2.13
+# What is surely False before these is False after them, whatever else is not known.
+_KEEPING_FALSE = frozenset(
+    {"and_", "bitwise_and", "__and__", "iand", "to", "bool", "contiguous", "clone", "expand", "expand_as", "unsqueeze", "view"}
+)
 _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "non_blocking", "copy"})
 
 
@@ -38,7 +42,7 @@ class Elements:
         self._operations = operations
         self._held = held
         self._sizes = sizes  # of the coordinates
-        self._known: dict[tuple[fx.Node, Coordinates], Element] = {}
+        self._known: dict[tuple[fx.Node, Coordinates], Element | Unproven] = {}
         self.visited: dict[fx.Node, Region] = {}
 
     def at(self, node: Any, region: Region, coordinates: Coordinates, reader: fx.Node) -> Element:
@@ -50,9 +54,15 @@ class Elements:
             raise Unproven(f"{node.name} is a {type(tensor).__name__}")
         self.visited[node] = region
         if (node, coordinates) not in self._known:
-            found = self._evaluated(node, region, coordinates)
-            self._known[node, coordinates] = self.in_dtype(found, tensor.dtype)
-        return self._known[node, coordinates]
+            found: Element | Unproven
+            try:
+                found = self.in_dtype(self._evaluated(node, region, coordinates), tensor.dtype)
+            except Unproven as why:
+                found = why if node.op == "placeholder" or overload(node) in _KEEPING_FALSE else Unproven(str(why))
+            self._known[node, coordinates] = found
+        if isinstance(known := self._known[node, coordinates], Unproven):
+            raise known
+        return known
 
     def in_dtype(self, value: Element, dtype: torch.dtype) -> Element:
         """An element converted to a dtype, where that is exact."""

@@ -54,6 +54,8 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
+        if (why.false & Diagonals(((0, math.inf),)) & _within(call)).bands:
+            return call.refuse(f"attn_mask hides earlier tokens, as a sliding window does; besides, {why}", _REMEDY)
         return _in_doubt(call, str(why))
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
         return _in_doubt(call, "its construction was not understood")
@@ -110,11 +112,19 @@ def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands | None, float, 
     where = tuple(ORIGIN if is_one(size) else coordinate(name) for size, name in zip(mask.shape, names, strict=True))
     allowed = _allowed(as_cases(elements.at(call.mask, call.region, where, call.node)), mask.dtype)
     history.refuse_other_writes(elements.visited)
-    length = query.shape[2]
-    last = length - 1 if isinstance(length, int) else math.inf
+    within = _within(call)
+    last = within.bands[0][1]
     if allowed is None:
         return None, last, ()
-    return (allowed & Diagonals(((-last, last),))).bands, last, tuple(elements.visited.items())
+    return (allowed & within).bands, last, tuple(elements.visited.items())
+
+
+def _within(call: AttentionCall) -> Diagonals:
+    """All diagonals that a call's mask has, as far as its length is known."""
+    query = fake(call.query)
+    length = query.shape[2] if query is not None else None
+    last = length - 1 if isinstance(length, int) else math.inf
+    return Diagonals(((-last, last),))
 
 
 def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals | None:

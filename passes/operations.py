@@ -17,7 +17,7 @@ from torch import fx
 
 from .call import constant, fake
 from .elements import ORIGIN, REST, Handler, Operation, Wanted, is_one, overload
-from .symbolic import Affine, Element, Unproven, apply, as_affine, compare, element
+from .symbolic import NOWHERE, Affine, Cases, Element, Unproven, apply, as_affine, compare, element
 from .views import (
     expanded,
     index_selected,
@@ -123,6 +123,23 @@ def _binary(function: Callable[[Element, Element], Element]) -> Operation:
 
 def _each(function: Callable[[Any, Any], Any]) -> Operation:
     return _binary(lambda a, b: apply(function, a, b))
+
+
+def _and(wanted: Wanted) -> Element:
+    """Both. Where one is False the other does not matter, so a sliding window is none less for a padding mask beside it."""
+    handler, names = _each(operator.and_)
+    false, doubts = NOWHERE, []
+    for name in names:
+        try:
+            value = wanted.operand(wanted.arguments[name])
+        except Unproven as doubt:
+            doubts.append(doubt)
+            false = false | doubt.false
+        else:
+            false = false | (value.where(lambda x: x is False) if isinstance(value, Cases) else NOWHERE)
+    if doubts:
+        raise Unproven(str(doubts[0]), false)
+    return handler(wanted)
 
 
 def _relation(name: str) -> Operation:
@@ -231,7 +248,7 @@ OPERATIONS: dict[str, Operation] = _CREATORS | {
     **{name: _relation(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
     "less": _relation("lt"), "less_equal": _relation("le"), "not_equal": _relation("ne"),
     "greater": _relation("gt"), "greater_equal": _relation("ge"),
-    **dict.fromkeys(("and_", "bitwise_and", "__and__", "iand"), _each(operator.and_)),
+    **dict.fromkeys(("and_", "bitwise_and", "__and__", "iand"), (_and, ("input", "other"))),
     **dict.fromkeys(("or_", "bitwise_or", "__or__", "ior"), _each(operator.or_)),
     "log": _unary(lambda a: apply(_logarithm, a)), "isinf": _unary(lambda a: apply(math.isinf, a)),
     **dict.fromkeys(("xor", "bitwise_xor"), _each(operator.xor)),

@@ -176,6 +176,45 @@ def test_mask_that_is_known_to_be_another_is_never_assumed(name):
     assert "lighthouse" not in str(targets(gm))
 
 
+HIDING = {
+    "window": lambda shown: by_arange() & (torch.arange(N)[:, None] - torch.arange(N) < 9) & shown,
+    "window, after the unknown": lambda shown: (shown & by_arange())[None] & (torch.arange(N)[:, None] < torch.arange(N) + 9),
+    "nothing": lambda shown: torch.zeros(N, N, dtype=torch.bool) & shown,
+}
+NOT_HIDING = {
+    "causal": lambda shown: by_arange() & shown,
+    "window, inverted": lambda shown: ~(~by_arange().tril(-9) & shown) | by_arange(),
+    "window, or the unknown": lambda shown: by_arange().triu(-9) | (shown & by_arange()),
+    "window, chosen by the unknown": lambda shown: torch.where(shown & by_arange().tril(-9), by_arange(), by_arange()),
+    "many times": lambda shown: many_times(by_arange() & shown),
+}
+
+
+def many_times(mask):
+    """As a tree, 2**40 nodes."""
+    for _ in range(40):
+        mask = mask & mask
+    return mask
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_mask_that_hides_too_much_whatever_its_inputs_hold_is_never_assumed(name):
+    def attend(q, shown):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=HIDING[name](shown))
+
+    _, call = only_call(attend, heads(), torch.ones(N, N, dtype=torch.bool), config=ASSUME)
+    assert "hides earlier tokens" in call.refusal.reason and "the input" in call.refusal.reason
+
+
+@pytest.mark.parametrize("name", NOT_HIDING)
+def test_mask_that_may_be_causal_is_assumed(name):
+    def attend(q, shown):
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=NOT_HIDING[name](shown))
+
+    _, call = only_call(attend, heads(), torch.ones(N, N, dtype=torch.bool), config=ASSUME)
+    assert call.refusal is None and call.unproved is not None
+
+
 def test_full_mask_stays_full():
     full = torch.ones(N, N, dtype=torch.bool)
     _, call = only_call(
@@ -273,6 +312,22 @@ def test_transformers_with_an_attention_mask_of_ones():
         padded[1, padding] = 0
         with pytest.raises(ValueError, match=r"not the causal mask: .* of batch row 1 it hides it"):
             run(input_ids=ids, attention_mask=padded)
+
+
+def test_transformers_with_windows_and_an_attention_mask():
+    """Layers with a sliding window stay dense, those beside them are rewritten."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, use_cache=False,
+        num_key_value_heads=2, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    ids = torch.randint(0, 96, (2, N))
+    report = lighthouse_fx.explain(
+        transformers.Gemma3ForCausalLM(config), input_ids=ids, attention_mask=torch.ones_like(ids), config=ASSUME
+    )
+    window, whole = report.calls
+    assert not window.rewritten and "hides earlier tokens" in window.reason
+    assert whole.rewritten and whole.assumed
 
 
 def test_transformers_with_packed_positions():
