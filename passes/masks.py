@@ -73,7 +73,11 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
 def _in_doubt(call: AttentionCall, why: str) -> AttentionCall:
     """The call as causal, with its doubt, where a check can stand for the proof; refused elsewhere."""
     refusal = Refusal(reason=f"explicit attn_mask, not proved to be only causal: {why}", remedy=_OR_ASSUME)
-    if (problem := _never_causal(call)) is not None:
+    try:
+        problem = _never_causal(call)
+    except Exception:  # sizes that nobody knows while compiling cannot be compared
+        problem = "its shape is not known"
+    if problem is not None:
         return call.refuse(f"{refusal.reason}; {problem}", _REMEDY)
     return replace(call, mask=None, is_causal=True, unproved=call.mask, doubt=refusal)
 
