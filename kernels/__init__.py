@@ -1,4 +1,4 @@
-"""The ops: select, gather, scatter. Schema, fake and autograd in `ops`, the plain twin in `reference`.
+"""The ops: select, gather, scatter, in `ops`, and the check of a mask in `causal_mask`. Their plain twins are in `reference`.
 
 Importing this package as `lighthouse_fx.kernels` registers the ops under `torch.ops.lighthouse_fx` and does nothing else.
 """
