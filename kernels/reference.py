@@ -7,6 +7,8 @@ the window is no entry), so nothing depends on the order of atomics. Source: SPE
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from .geometry import Pyramid
 from .scorers import norms
 
 _LOWEST = torch.finfo(torch.float32).min
+_LOOKED_AT = 1 << 22  # elements of a mask at once, so that a large one needs no second of its size
 
 
 def norm_scores(x: Tensor, groups: int, pyramid: Pyramid) -> Tensor:
@@ -171,6 +174,34 @@ def scatter_backward(
             concerned = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
         sums.append(_blocks(concerned, shift, level, pyramid).sum(-2))
     return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def is_causal_mask(mask: Tensor) -> Tensor:
+    """Whether a mask `[.., N, N]` is the causal mask: a bool `[]`."""
+    found = torch.ones((), dtype=torch.bool, device=mask.device)
+    for _, right in rows_that_are_causal(mask):
+        found = found & right.all()
+    return found
+
+
+def rows_that_are_causal(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each block of rows, and where the block is as in the causal mask: `[.., rows, N]`."""
+    length = mask.shape[-1]
+    rows = max(1, _LOOKED_AT // max(1, mask.numel() // max(1, length)))
+    position = torch.arange(length, device=mask.device)
+    for start in range(0, length, rows):
+        block = mask[..., start : start + rows, :]
+        earlier = position <= position[start : start + rows, None]
+        if mask.dtype == torch.bool:
+            yield start, block == earlier
+        else:
+            yield start, torch.where(earlier, block == 0, block <= torch.finfo(mask.dtype).min)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:

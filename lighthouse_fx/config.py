@@ -34,6 +34,8 @@ class LighthouseConfig:
         max_documents: documents in a row that attention on a GPU keeps apart at most, an error beyond.
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
+        assume_causal: take an explicit mask that is not proved to be causal, nor to be anything else, for causal; the
+            compiled model checks the mask in every step, and raises where it is another.
 
     Source: SPEC.md, "Names" and "The four stages".
 
@@ -52,6 +54,7 @@ class LighthouseConfig:
     kernel: str = "auto"
     max_documents: int = 256
     dense_layers: tuple[int | str, ...] = ()
+    assume_causal: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
@@ -149,4 +152,5 @@ _CHECKS = {
     "kernel": _kernel,
     "max_documents": _integer_from(1, "max_documents=256"),
     "dense_layers": _layers,
+    "assume_causal": _boolean,
 }

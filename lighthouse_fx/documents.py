@@ -149,7 +149,9 @@ def settle_input(gm: fx.GraphModule, calls: tuple[AttentionCall, ...]) -> None:
     if node is None:
         return
     unaware = [
-        call for call in calls if call.refusal and call.mask is None and (not call.documents or call.documents is node)
+        call
+        for call in calls
+        if call.refusal and call.mask is call.unproved is None and call.documents in (None, node)
     ]
     if unaware:
         which = ", ".join(dict.fromkeys(call.module or call.source or "a call" for call in unaware))

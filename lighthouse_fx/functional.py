@@ -45,8 +45,8 @@ def lighthouse_attention(
         documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside.
         score_query: `[B, H, N, *]`, what the `norm` scorer reads in place of query; score_key: `[B, G, N, *]`. Where a norm
             makes all queries and keys equally long (QK-norm), give them as they were before it. No gradient flows here.
-        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept` and `dense_layers` concern the
-            compiler only: a call of this function is always Lighthouse, whatever the stage.
+        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept`, `dense_layers` and `assume_causal`
+            concern the compiler only: a call of this function is always Lighthouse, whatever the stage.
 
     Returns:
         `[B, H, N, Dv]`. A sequence shorter than one coarsest window (`p^(L-1)` tokens) is plain dense attention.

@@ -41,12 +41,13 @@ class AttentionRecord:
     Attributes:
         module: path of the module that calls it, "" outside any; source: `file:line` in the user's code.
         query, key, value: shapes `[B, H, N, D]`, symbolic sizes as text; dtype: of the query.
-        is_causal: as computed, so true where a mask was proved to be causal.
+        is_causal: as computed, so true where a mask was proved to be causal, or is assumed to be.
         length: N; gathered: S, None where the call was refused before S was known.
         flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
         ops: what serves the ops of a rewritten call on its device, "Triton" or "plain PyTorch"; "" where it is dense.
         scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
             configuration's, "" where it reads query and key as they are.
+        assumed: whether it is rewritten because its mask is assumed to be causal (`assume_causal`), and checked in every step.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -66,6 +67,7 @@ class AttentionRecord:
     ops: str = ""
     scorer: str = ""
     scored: str = ""
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,7 +89,9 @@ class GraphReport:
             f"{call.module or 'a call'}: {call.reason}" for call in self.calls if not call.rewritten
         )
         left = f"; left dense: {'; '.join(reasons)}" if reasons else ""
-        return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{left}"
+        assumed = sum(call.assumed for call in self.calls)
+        checked = f" ({assumed} with an attn_mask assumed to be causal, checked in every step)" if assumed else ""
+        return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{checked}{left}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -210,7 +214,7 @@ def _row(call: AttentionRecord) -> tuple[str, ...]:
         _short_source(call.source),
         f"{_show(call.query)} {call.dtype}".rstrip(),
         str(call.key[1]) if len(call.key) == 4 else "-",
-        "yes" if call.is_causal else "no",
+        "assumed" if call.assumed else "yes" if call.is_causal else "no",
         _or_dash(call.length),
         _or_dash(call.gathered),
         "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
@@ -236,7 +240,7 @@ def record(call: AttentionCall) -> AttentionRecord:
         key=_shape(key),
         value=_shape(value),
         dtype=str(query.dtype).removeprefix("torch.") if query is not None else "",
-        is_causal=call.is_causal is True,
+        is_causal=call.is_causal is True and not (call.refusal and call.unproved is not None),
         length=_size(length),
         gathered=_size(gathered),
         flops_share=share,
@@ -246,6 +250,7 @@ def record(call: AttentionCall) -> AttentionRecord:
         scorer=call.scorer if call.refusal is None else "",
         scored=call.scored if call.refusal is None else "",
         ops=serving(query.device) if query is not None and call.refusal is None else "",
+        assumed=call.refusal is None and call.unproved is not None,
     )
 
 

@@ -47,7 +47,9 @@ class AttentionCall:
     """One attention call, its arguments as nodes or constants, and what became of it.
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
-    the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
+    the nodes that built it, each with its region. Where it is neither proved nor disproved it is `unproved` instead, with
+    the `doubt`: configured to `assume_causal`, the call counts as causal and the graph checks that mask, else it is refused.
+    `repeat_nodes` are those that repeated the heads of key and value.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
     each token's document, which never falls along a row.
     `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
@@ -69,6 +71,8 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     documents: Any = None
+    unproved: Any = None
+    doubt: Refusal | None = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     score_query: fx.Node | None = None

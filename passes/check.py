@@ -51,6 +51,8 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     for_each_call(gm, lambda call: replace(call, rewritable=True))
     if without is None and (refusal := gm.meta.get(DENSE)):
         for_each_call(gm, lambda call: replace(call, refusal=refusal))
+    if not config.assume_causal:
+        for_each_call(gm, lambda call: replace(call, refusal=call.doubt))
     for_each_call(gm, lambda call: _exclude(call, config, layer(call.node)))
     for_each_call(gm, lambda call: _worthwhile(call, config, guard=without is None))
     if without is not None:  # last, so that it is left to calls that would be rewritten but for this

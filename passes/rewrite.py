@@ -12,6 +12,10 @@ After:
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
 `select` reads what the scorer is to read, which for the `norm` scorer may be q and k before a norm (`raw_scores.py`).
+
+Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/causal_mask.py`):
+    check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
+
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
 each token's document begins.
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +38,7 @@ from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
 from .call import CALLS, DOCUMENTS, AttentionCall, fake
 from .check import pyramid_of
-from .regions import brought
+from .regions import Region, brought
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _OPS = torch.ops.lighthouse_fx
@@ -50,7 +55,7 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
-            _rewrite(call, config, index, gm.meta.get(DOCUMENTS))
+            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -63,7 +68,26 @@ def _on_gpu(call: AttentionCall) -> bool:
     return out is not None and out.device.type == "cuda"
 
 
-def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, documents: fx.Node | None) -> None:
+def _mask_users(call: AttentionCall, calls: Sequence[AttentionCall]) -> str:
+    """The calls whose mask is this call's, by the first. Equal for all of them: equal checks become one when compiled."""
+    if call.unproved is None:
+        return ""
+    mask = _origin(call.unproved, call.region)
+    users = [other for other in calls if other.unproved is not None and _origin(other.unproved, other.region) is mask]
+    name = f"{users[0].module or 'an attention call'} ({Path(users[0].source).name})"
+    return name if len(users) == 1 else f"{name} and {len(users) - 1} more"
+
+
+def _origin(node: Any, region: Region) -> Any:
+    """What a subgraph's input is outside of it, where only one place calls the subgraph."""
+    while node.op == "placeholder" and len(operands := region.operands(node)) == 1:
+        ((region, node),) = operands
+    return node
+
+
+def _rewrite(
+    call: AttentionCall, config: LighthouseConfig, index: int, mask_users: str, documents: fx.Node | None
+) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
@@ -109,6 +133,10 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int, document
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
+        if call.unproved is not None:
+            zero = empty(k, dtype=torch.int32)
+            check = function(_OPS.check_causal.default, call.unproved, mask_users, REVISION, value=zero)
+            entries = function(operator.add, entries, check, value=index_tensors[0])
         gathered = [
             function(
                 _OPS.gather.default,

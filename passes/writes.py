@@ -48,9 +48,18 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
     return node.args[:1] if _writes_to_its_first_argument_only(node) else node.all_input_nodes
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node is an in-place operation of PyTorch, such as `triu_`, `*=` or `x[mask] = 0`, known to OPERATIONS."""
+    name = operation_name(node)
+    in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return in_place and is_interpreted(node)
+
+
 def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
+        return False
+    if node.target in _IN_PLACE_OPERATORS:
         return False
     if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_NAMES:
         return True
