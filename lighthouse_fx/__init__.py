@@ -12,17 +12,21 @@ from .journal import reports
 from .report import AttentionRecord, GraphReport, Report
 from .stage import dense, pretraining
 from .tracing import explain
+from .verification import verify
+from .verified import Verification
 
 __all__ = [
     "AttentionRecord",
     "GraphReport",
     "LighthouseConfig",
     "Report",
+    "Verification",
     "compile",
     "dense",
     "explain",
     "lighthouse_attention",
     "pretraining",
     "reports",
+    "verify",
 ]
 __version__ = "0.1.0"
