@@ -31,6 +31,7 @@ try:
     from torch._logging._internal import trace_structured
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 except ImportError as error:
@@ -64,5 +65,6 @@ __all__ = [
     "list_mode_options",
     "list_options",
     "pytree",
+    "run_backward",
     "trace_structured",
 ]

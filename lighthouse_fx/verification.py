@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .compiled import setting_of
 from .config import LighthouseConfig
 from .functional import lighthouse_attention
 from .kernels import REVISION, reference, select
-from .kernels.torch_private import pytree
+from .kernels.torch_private import pytree, run_backward
 from .passes import CALLS
 from .passes.check import pyramid_over
 from .passes.regions import regions
@@ -45,6 +46,10 @@ class _Attention:
     scale: float | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
+
+    def keep(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # None where a cut leaves nothing
+            self.gradients[name] = gradient.detach().clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class _Observer:
         self.attentions.append(attention)
         for name, x in zip(("query", "key", "value"), attention.tensors, strict=True):
             if x.requires_grad:
-                x.register_hook(lambda grad, name=name: attention.gradients.update({name: grad.detach().clone()}))
+                x.register_hook(partial(attention.keep, name))
 
 
 def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None, **kwargs: Any) -> Verification:
@@ -78,7 +83,7 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
     rewritten graph runs op by op: what Inductor makes of it afterwards is not looked at.
 
     Args:
-        model: a module in train mode, compiled or not; args, kwargs: as for calling it, a batch of the length that you train on.
+        model: a module in train mode, compiled or not; args, kwargs: as for calling it, at the length that you train on.
         config: the backend's options. By default those that the model was compiled with, as for `explain`.
 
     Returns:
@@ -231,7 +236,10 @@ def _train(call: Callable[..., Any], model: nn.Module, batch: Any, observer: _Ob
         loss = _loss(call(*args, **kwargs))
         observer.forward = False
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            # loss.backward() is itself a call that a mode sees, and during it a checkpoint's second run would not be seen.
+            run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return _Run(observer.attentions, loss.detach(), gradients)
 
@@ -339,6 +347,6 @@ def _twin(b: _Attention, entries: Tensor, slots: Tensor, config: LighthouseConfi
     """The same attention by the plain twins of the ops, on the CPU: [B, H, N, Dv]."""
     tensors = [x.detach().cpu() for x in b.tensors]
     pyramid = pyramid_over(tensors[0].shape[2], config)
-    gathered = [reference.gather(x, entries.cpu(), pyramid) for x in tensors]  # [B, H or G, S, D]
-    out = F.scaled_dot_product_attention(*gathered, is_causal=b.is_causal, scale=b.scale, enable_gqa=True)
+    q, k, v = (reference.gather(x, entries.cpu(), pyramid) for x in tensors)  # [B, H or G, S, D]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=b.is_causal, scale=b.scale, enable_gqa=True)
     return reference.scatter(out, slots.cpu(), pyramid, is_causal=b.is_causal).to(b.out.device)
