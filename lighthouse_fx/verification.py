@@ -106,12 +106,12 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
         batch = _in_dtype((args, kwargs), dtype)
         rewritten = _rewritten(_copy(plain, dtype), batch, config)
         functional = _functional(_copy(plain, dtype), batch, config, rewritten.attentions)
-        found, entries = _compare(rewritten, functional, config, str(dtype).removeprefix("torch."))
+        found, slots = _compare(rewritten, functional, config, str(dtype).removeprefix("torch."))
         checks += found
-        selected.append(entries)
+        selected.append(slots)
         records = [attention.record for attention in rewritten.attentions if attention.record is not None]
-    moved = sum(int((a != b).sum()) for a, b in zip(*selected, strict=True) if a.shape == b.shape)
-    total = sum(entries.numel() for entries in selected[0])
+    moved = sum(_moved(a, b) for a, b in zip(*selected, strict=True))
+    total = sum(int((slots >= 0).sum()) for slots in selected[0])
     return Verification(title=type(plain).__name__, checks=tuple(checks), calls=tuple(records), moved=moved, entries=total)
 
 
@@ -309,10 +309,10 @@ def _compare(
         if not a.rewritten or a.record is None:
             continue
         where = a.record.module or a.record.source or "-"
-        (entries, slots), (others, _) = _selection(b, b, config), _selection(a, b, config)
-        selections.append(entries)
-        add(where, "selection", float((entries != others).sum()))
-        same = same and torch.equal(entries, others)
+        (entries, slots), (_, others) = _selection(b, b, config), _selection(a, b, config)
+        selections.append(slots)
+        add(where, "selection", _moved(slots, others))
+        same = same and torch.equal(slots, others)
         if not same:  # what follows another selection is another computation
             continue
         add(where, "output", difference([a.out], [b.out]))
@@ -326,6 +326,11 @@ def _compare(
         pair = (_named(run.gradients, names, run.loss) for run in (rewritten, functional))
         add("whole model", "gradients of parameters", difference(*pair))
     return checks, selections
+
+
+def _moved(slots: Tensor, others: Tensor) -> int:
+    """How many windows are entries by the one selection and not by the other: [B, G, P], -1 for a window that is none."""
+    return int(((slots >= 0) & (others < 0)).sum())
 
 
 def _named(gradients: dict[str, Tensor], names: Sequence[str], like: Tensor) -> list[Tensor]:
