@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
+from .torch_private import assert_async
 
 _ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
 
@@ -93,7 +94,7 @@ _library.define("document_starts(Tensor numbers) -> Tensor")
 def _rising_starts(numbers: Tensor) -> Tensor:
     """`starts_of`, for numbers that a mask compares: where one came back later, the mask would join what lies apart."""
     message = "the numbers of documents fall along a row, so a document may lie in several pieces: number them in order"
-    torch._assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
+    assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
     return starts_of(numbers)
 
 
@@ -171,7 +172,7 @@ def _bounds(segments: Tensor, most: int) -> Tensor:
     sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
     begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
     number = begins.int().cumsum(0)
-    torch._assert_async(
+    assert_async(
         number[-1] <= sequences,
         f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
     )

@@ -13,12 +13,15 @@ from .journal import reports
 from .report import AttentionRecord, GraphReport, Report
 from .stage import dense, pretraining
 from .tracing import explain
+from .verification import verify
+from .verified import Verification
 
 __all__ = [
     "AttentionRecord",
     "GraphReport",
     "LighthouseConfig",
     "Report",
+    "Verification",
     "compile",
     "dense",
     "documents",
@@ -26,5 +29,6 @@ __all__ = [
     "lighthouse_attention",
     "pretraining",
     "reports",
+    "verify",
 ]
 __version__ = "0.1.0"

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from .backend import split_options
 from .config import LighthouseConfig
+from .kernels.torch_private import DynamoContext, OptimizedModule
 from .passes.find import clean_path
 
 
@@ -114,4 +113,4 @@ def _context(call: Any) -> Any:
     """What `torch.compile` made of its arguments: the function that it returned has it in its closure."""
     cells = getattr(getattr(call, "__func__", call), "__closure__", None) or ()
     contexts = (cell.cell_contents for cell in cells)
-    return next((x for x in contexts if isinstance(x, torch._dynamo.eval_frame._TorchDynamoContext)), None)
+    return next((x for x in contexts if isinstance(x, DynamoContext)), None)
