@@ -5,24 +5,34 @@
 rewrites the attention of a model that trains into Lighthouse attention, and leaves inference dense.
 """
 
+from .audit import RunLog
 from .blocks import compile
 from .config import LighthouseConfig
 from .functional import lighthouse_attention
 from .journal import reports
+from .loss_monitor import Divergence
+from .passkey import Passkey
 from .report import AttentionRecord, GraphReport, Report
 from .stage import dense, pretraining
 from .tracing import explain
+from .validation import validate
+from .verdict import Validation
 
 __all__ = [
     "AttentionRecord",
+    "Divergence",
     "GraphReport",
     "LighthouseConfig",
+    "Passkey",
     "Report",
+    "RunLog",
+    "Validation",
     "compile",
     "dense",
     "explain",
     "lighthouse_attention",
     "pretraining",
     "reports",
+    "validate",
 ]
 __version__ = "0.1.0"
