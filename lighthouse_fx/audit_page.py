@@ -118,7 +118,7 @@ def curves(run: RunData, reference: Reference | None = None) -> str:
         known = [(s.step, s.tokens_per_second) for s in steps if s.tokens_per_second is not None]
         speed.plot(*_xy(known), ".", color=COLOURS[stage], markersize=3, alpha=0.35)
         values = _trailing([value for _, value in known], median)
-        speed.plot([at for at, _ in known], values, color=COLOURS[stage], label=f"{stage} attention")
+        speed.plot([at for at, _ in known], values, color=COLOURS[stage], label=_attention(stage))
     # The steps that compile take many times as long: what is below them is what there is to see.
     if rates := [s.tokens_per_second for s in run.steps if s.tokens_per_second]:
         speed.set_ylim(0, 1.25 * max(_trailing(rates, median)))
@@ -137,6 +137,8 @@ def curves(run: RunData, reference: Reference | None = None) -> str:
             if event.step is not None:
                 axes.axvline(event.step, color="0.4", linestyle="--", linewidth=1)
         axes.grid(alpha=0.25)
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
@@ -153,7 +155,7 @@ def curves(run: RunData, reference: Reference | None = None) -> str:
 def _draw_losses(axes: Any, run: RunData, reference: Reference | None) -> None:
     for stage, steps in run.stages.items():
         known = [(s.step, s.loss) for s in steps if s.loss is not None]
-        label = f"training, {stage} attention" + (" (not a likelihood)" if stage == "lighthouse" else "")
+        label = f"training, {_attention(stage)}" + (" (not a likelihood)" if stage == "lighthouse" else "")
         style = {"color": COLOURS[stage], "linestyle": ":" if stage == "lighthouse" else "-", "linewidth": 1}
         axes.plot([at for at, _ in known], _trailing([loss for _, loss in known], fmean), label=label, alpha=0.7, **style)
     if run.validation:
@@ -210,10 +212,14 @@ def _notes(run: RunData) -> list[str]:
     if uncounted := sum(step.uncounted for step in run.steps):
         notes.append(f"{uncounted:,} attention calls had dynamic shapes and are not counted in the FLOPs")
     if len(run.headers) > 1:
-        notes.append(f"resumed {len(run.headers) - 1} times; {run.replaced:,} steps were done again, and count once")
+        notes.append(f"resumptions: {len(run.headers) - 1}; steps that were done again, and count once: {run.replaced:,}")
     if run.torn:
-        notes.append(f"{run.torn} lines of the log are not whole, as after a kill, and were left out")
+        notes.append(f"lines of the log that are not whole, as after a kill, and were left out: {run.torn}")
     return notes
+
+
+def _attention(stage: str) -> str:
+    return f"{'Lighthouse' if stage == 'lighthouse' else stage} attention"
 
 
 def _trailing(values: Sequence[float], middle: Any) -> list[float]:

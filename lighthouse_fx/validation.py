@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import fields
 from itertools import pairwise
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -150,8 +149,9 @@ def _inference(model: nn.Module, ids: Tensor, config: LighthouseConfig) -> Infer
 
 def _paired(differences: Tensor) -> Paired:
     """The mean over windows of the mean difference of a window's tokens, `[windows, tokens]`."""
-    means = differences.mean(dim=1).tolist()
-    return Paired(mean=fmean(means), error=stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.inf)
+    means = differences.mean(dim=1)  # [windows]
+    error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else math.inf
+    return Paired(mean=means.mean().item(), error=error)
 
 
 def _by_position(dense: Tensor, lighthouse: Tensor | None) -> tuple[PositionLoss, ...]:
