@@ -8,6 +8,7 @@ rewrites the attention of a model that trains into Lighthouse attention, and lea
 from .audit import RunLog
 from .blocks import compile
 from .config import LighthouseConfig
+from .documents import documents
 from .functional import lighthouse_attention
 from .journal import reports
 from .loss_monitor import Divergence
@@ -29,6 +30,7 @@ __all__ = [
     "Validation",
     "compile",
     "dense",
+    "documents",
     "explain",
     "lighthouse_attention",
     "pretraining",

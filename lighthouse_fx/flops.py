@@ -16,7 +16,7 @@ HOW_COUNTED = (
     "attention only: for each attention call in the graphs that lighthouse compiled and that ran in the step, "
     "B*H*(D+Dv)*N^2 causal, twice that bidirectional, 3.5 times that with the backward; S in place of N where it was "
     "rewritten. What activation checkpointing computes again is left out, and so is attention in layers that lighthouse did "
-    "not compile, which saves nothing"
+    "not compile, which saves nothing. Dense attention is that over the whole row, whatever documents it holds"
 )
 
 

@@ -60,12 +60,17 @@ def validate(
         A `Validation`: `print(result)`, `result.passed`, `result.save(folder)`.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and the remedy.
+        TypeError, ValueError: naming the argument, its value and the remedy. RuntimeError: inside `documents()`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is a {type(model).__name__}: give a Module")
     if config is not None and not isinstance(config, LighthouseConfig):
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
+    if stage.documents is not None:
+        raise RuntimeError(
+            f"validate() was called inside documents(), {stage.documents}, which plain dense attention does not heed: call it "
+            "outside, with windows of one document each"
+        )
     batches = _checked(data, batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = [rows.to(device) for rows in batches]

@@ -1,4 +1,4 @@
-"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, rewrite, clean up.
+"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, score, rewrite, clean up.
 
 Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
 """
@@ -17,6 +17,7 @@ from .check import check_attention
 from .find import find_attention
 from .leftovers import remove_leftovers
 from .masks import prove_masks
+from .raw_scores import score_raw
 from .repeated_heads import undo_repeated_heads
 from .rewrite import rewrite_attention
 
@@ -25,6 +26,7 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
     prove_masks,
     check_attention,
     undo_repeated_heads,
+    score_raw,
     rewrite_attention,
     remove_leftovers,
 ]

@@ -4,26 +4,29 @@
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)     ->  its AttentionCall now says is_causal=True, mask=None
 
 The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
-is not proved, whatever that input holds today.
+is not proved, whatever that input holds today. Nor is it disproved: it may be assumed to be causal, by the configuration,
+and checked when it is there. A mask that is shown to be another is never assumed to be causal.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .call import DENSE, AttentionCall, fake, for_each_call
+from .call import AttentionCall, Refusal, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one
-from .operations import OPERATIONS, is_fresh
+from .in_place import History
+from .operations import OPERATIONS
 from .regions import Region
 from .symbolic import Cases, Diagonals, Unproven, as_cases, coordinate
-from .writes import Writers, memories, written
+from .writes import Writers, written
 
 _Bands = tuple[tuple[float, float], ...]
 _Nodes = tuple[tuple[fx.Node, Region], ...]
@@ -31,27 +34,33 @@ _ANY_LENGTH = 2**32  # no symbolic size is greater
 _REMEDY = (
     "pass is_causal=True and no attn_mask; with transformers, call the model without attention_mask and position_ids"
 )
+_OR_ASSUME = (
+    f"{_REMEDY}; pack with documents instead of padding; or, if the mask is always causal, set assume_causal=True, "
+    "which checks that in every step"
+)
+_CHECKED = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def prove_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Turn calls with a provable mask into causal (or full) calls; refuse the others with what stands in the way."""
-    if DENSE not in gm.meta:
-        writers = functools.cache(lambda: written(gm))
-        for_each_call(gm, lambda call: _prove(call, writers) if call.mask is not None else call)
+    """Turn calls with a provable mask into causal (or full) calls; refuse those with another mask, and note every doubt."""
+    writers = functools.cache(lambda: written(gm))
+    for_each_call(gm, lambda call: _prove(call, writers) if call.mask is not None else call)
     return gm
 
 
 def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall:
-    if call.region.opaque:
+    if call.region.opaque or call.is_causal is not False:
         return call
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
-        return call.refuse(f"explicit attn_mask, not proved to be only causal: {why}", _REMEDY)
+        if (why.false & Diagonals(((0, math.inf),)) & _within(call)).bands:
+            return call.refuse(f"attn_mask hides earlier tokens, as a sliding window does; besides, {why}", _REMEDY)
+        return _in_doubt(call, str(why))
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return call.refuse(
-            "explicit attn_mask, not proved to be only causal: its construction was not understood", _REMEDY
-        )
+        return _in_doubt(call, "its construction was not understood")
+    if bands is None:
+        return call.refuse("attn_mask adds a bias other than 0 and -inf", _REMEDY)
     if bands == ((-last, last),):
         return replace(call, mask=None, mask_nodes=visited)
     if bands == ((0, last),):
@@ -61,8 +70,39 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
     return call.refuse("attn_mask is neither causal nor full", _REMEDY)
 
 
-def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands, float, _Nodes]:
-    """The bands of diagonals `i - j` that a call's mask lets through, the last diagonal, and the nodes that build the mask."""
+def _in_doubt(call: AttentionCall, why: str) -> AttentionCall:
+    """The call as causal, with its doubt, where a check can stand for the proof; refused elsewhere."""
+    refusal = Refusal(reason=f"explicit attn_mask, not proved to be only causal: {why}", remedy=_OR_ASSUME)
+    try:
+        problem = _never_causal(call)
+    except Exception:  # sizes that nobody knows while compiling cannot be compared
+        problem = "its shape is not known"
+    if problem is not None:
+        return call.refuse(f"{refusal.reason}; {problem}", _REMEDY)
+    return replace(call, mask=None, is_causal=True, unproved=call.mask, doubt=refusal)
+
+
+def _never_causal(call: AttentionCall) -> str | None:
+    """Why a mask cannot be checked to be the causal mask, or cannot be it whatever it holds."""
+    mask, query, key = fake(call.mask), fake(call.query), fake(call.key)
+    if mask is None or query is None or key is None or query.dim() != 4 or not 2 <= mask.dim() <= 4:
+        return "its shape is not known"
+    if is_traceable_wrapper_subclass(mask) or mask.dtype not in _CHECKED:
+        return f"a {type(mask).__name__} of {mask.dtype} is not checked"
+    if mask.requires_grad:
+        return "it is trained, or depends on what is"
+    if any(size != query.shape[2] for size in (*mask.shape[-2:], key.shape[2])):
+        return f"its shape {list(mask.shape)} has not a row and a column for each of {query.shape[2]} tokens"
+    # An expanded batch of queries is a wider output, which the rewritten attention would not have.
+    wide = any(size != of and not is_one(size) for size, of in zip(mask.shape[-3::-1], query.shape[1::-1], strict=False))
+    return "its batch or heads are not those of the query" if wide else None
+
+
+def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands | None, float, _Nodes]:
+    """The bands of diagonals `i - j` that a call's mask lets through, the last diagonal, and the nodes that build the mask.
+
+    No bands where it is a bias and no mask.
+    """
     mask, query, key = fake(call.mask), fake(call.query), fake(call.key)
     if mask is None or query is None or key is None or query.dim() != 4 or not 2 <= mask.dim() <= 4:
         raise Unproven("its shape is not known")
@@ -71,37 +111,32 @@ def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands, float, _Nodes]
         raise Unproven(f"its shape {list(mask.shape)} does not fit {list(full)}")
     names = "bhij"[4 - mask.dim() :]
     sizes = {name: size if isinstance(size, int) else _ANY_LENGTH for name, size in zip(names, full, strict=True)}
-    elements = Elements(OPERATIONS, sizes)
+    history = History(writers)
+    elements = Elements(OPERATIONS, sizes, history.held)
     where = tuple(ORIGIN if is_one(size) else coordinate(name) for size, name in zip(mask.shape, names, strict=True))
-    allowed = _allowed(as_cases(elements.at(call.mask, call.region, where)), mask.dtype)
-    _refuse_shared_writes(elements.visited, writers)
-    length = query.shape[2]
+    allowed = _allowed(as_cases(elements.at(call.mask, call.region, where, call.node)), mask.dtype)
+    history.refuse_other_writes(elements.visited)
+    within = _within(call)
+    last = within.bands[0][1]
+    if allowed is None:
+        return None, last, ()
+    return (allowed & within).bands, last, tuple(elements.visited.items())
+
+
+def _within(call: AttentionCall) -> Diagonals:
+    """All diagonals that a call's mask has, as far as its length is known."""
+    query = fake(call.query)
+    length = query.shape[2] if query is not None else None
     last = length - 1 if isinstance(length, int) else math.inf
-    return (allowed & Diagonals(((-last, last),))).bands, last, tuple(elements.visited.items())
+    return Diagonals(((-last, last),))
 
 
-def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals:
-    """The diagonals on which a mask lets the key be seen."""
+def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals | None:
+    """The diagonals on which a mask lets the key be seen. None where it does other things to keys, too."""
     if dtype == torch.bool:
         return mask.where(bool)
     # An added bias is a mask where it is 0 or takes the whole weight away. NaN is neither; Elements does not let it through.
     lowest = torch.finfo(dtype).min
     if not all(value == 0 or value <= lowest for _, value in mask.parts):
-        raise Unproven("it adds a bias other than 0 and -inf")
+        return None
     return mask.where(lambda value: value == 0)
-
-
-def _refuse_shared_writes(visited: Mapping[fx.Node, Region], writers: Writers) -> None:
-    """A proof reads each node as if nothing wrote to its memory, so nothing may.
-
-    A fresh tensor written to by its only user, through which the proof went, is fine.
-    """
-    for node in visited:
-        read = list(memories([node]))
-        if len(read) != 1:
-            raise Unproven(f"the memory of {node.name} is not known")
-        for write in writers.get(read[0], ()):
-            base = write.args[0] if write.args else None
-            only_user = isinstance(base, fx.Node) and is_fresh(base) and len(base.users) == 1
-            if not (only_user and write in visited):
-                raise Unproven(f"it may be changed in place, by {write.name}")

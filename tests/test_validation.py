@@ -339,6 +339,13 @@ def test_bad_data(data, said):
         validate(Language(), data)
 
 
+def test_documents_are_not_silently_left_out():
+    numbers = (torch.arange(N) // 32).expand(3, N)
+    with lighthouse_fx.documents(numbers), pytest.raises(RuntimeError) as raised:
+        validate(Language(), tokens(), config=CONFIG)
+    assert "inside documents(), documents [3, 64]" in str(raised.value)
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match="model=3 is a int"):
         validate(3, tokens())
