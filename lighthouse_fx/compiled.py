@@ -34,11 +34,13 @@ class Compilation:
 class Setting:
     """What the backend does with a model as it is compiled now.
 
-    `dense` gives the reason for each module (by its path) that is not compiled with this backend, while others are.
+    `compiled`: whether any of it is compiled with this backend. `dense` gives the reason for each module (by its path) that is
+    not, while others are.
     """
 
     config: LighthouseConfig = field(default_factory=LighthouseConfig)
     dynamic: bool | None = None
+    compiled: bool = False
     dense: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -74,7 +76,7 @@ def setting_of(model: Callable[..., Any]) -> Setting:
         if part is None or part.backend != "lighthouse"
     }
     config = replace(configs[0], dense_layers=(*configs[0].dense_layers, *dense))
-    return Setting(config=config, dynamic=ours[0][1].dynamic, dense=dense, notes=tuple(notes))
+    return Setting(config=config, dynamic=ours[0][1].dynamic, compiled=True, dense=dense, notes=tuple(notes))
 
 
 def _parts(model: nn.Module) -> list[tuple[str, Compilation | None]]:

@@ -142,7 +142,7 @@ def test_wheel_metadata(built: Built):
     assert str(fields.get_payload()).strip(), "README.md is the description"
     needed = {line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert {line.split(">")[0] for line in needed} == {"torch", "networkx", "rich"}
-    extras = {"triton", "flash-attn", "flash-attn-4", "gla", "plot", "examples", "dev"}
+    extras = {"triton", "flash-attn", "flash-attn-4", "gla", "plot", "tensorboard", "examples", "dev"}
     assert extras <= set(fields.get_all("Provides-Extra", []))
     sections = configparser.ConfigParser()
     sections.read_string(registered)
