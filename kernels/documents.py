@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
-from .torch_private import assert_async
+from .torch_private import assert_async, flash_attention_forward
 
 _ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
 
@@ -157,7 +157,7 @@ def _varlen(
         F.pad(x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2), (0, width - x.shape[3]))
         for x in (query, key, value)
     )  # [B * G * S, H / G, width] and [B * G * S, 1, width]
-    out = torch.ops.aten._flash_attention_forward(
+    out = flash_attention_forward(
         query, key, value, bounds, bounds, gathered, gathered, dropout_p, True, False,
         scale=dim**-0.5 if scale is None else scale,
     )[0]  # fmt: skip

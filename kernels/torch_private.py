@@ -35,7 +35,9 @@ try:
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-except ImportError as error:
+
+    flash_attention_forward = torch.ops.aten._flash_attention_forward
+except (ImportError, AttributeError) as error:
     raise ImportError(
         f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
     ) from error
@@ -62,6 +64,7 @@ __all__ = [
     "assert_async",
     "compile_fx",
     "dynamo_config",
+    "flash_attention_forward",
     "has_storage",
     "is_traceable_wrapper_subclass",
     "list_mode_options",
