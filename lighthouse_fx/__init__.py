@@ -9,7 +9,9 @@ from .blocks import compile
 from .config import LighthouseConfig
 from .functional import lighthouse_attention
 from .journal import reports
+from .recovery import StageEvent
 from .report import AttentionRecord, GraphReport, Report
+from .schedule import TwoStage
 from .stage import dense, pretraining
 from .tracing import explain
 
@@ -18,6 +20,8 @@ __all__ = [
     "GraphReport",
     "LighthouseConfig",
     "Report",
+    "StageEvent",
+    "TwoStage",
     "compile",
     "dense",
     "explain",

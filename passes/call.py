@@ -48,7 +48,8 @@ class AttentionCall:
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
     the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
     `documents`, where attention stays inside documents: a node of int `[B, N]`, the number of each token's document, which
-    never falls along a row. `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
+    never falls along a row. `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call
+    dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
 
