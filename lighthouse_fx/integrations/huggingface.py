@@ -63,6 +63,11 @@ class LighthouseCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             )
         saved = state.stateful_callbacks.get(_KEY)
         self._steps.begin_run(state.global_step, state.max_steps, saved)
+        if self._steps.schedule.finished:
+            raise ValueError(
+                f"the checkpoint is of a finished run, all {state.max_steps} steps are done, and Trainer would make one more: "
+                "its model is dense. To train it on, leave LighthouseCallback out"
+            )
         self._logged = state.global_step
         model = kwargs["model"]
         if self._compiled is not model:
