@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .config import LighthouseConfig
 from .recovery import Recovery, StageEvent
 from .stage import dense, pretraining
 
@@ -50,6 +51,7 @@ class TwoStage:
         total_steps: optimiser steps of both stages together, at least 1.
         lighthouse_steps: how many of them run under Lighthouse attention, 0 to `total_steps`; or
         fraction: the same as a share, rounded to the nearest step (a half to the even one). Paper: 0.625. Give one of the two.
+        config: stage 1's, in the place of the compiled model's own options.
         rewarm_steps: R, over which the learning rate rises again after the switch; 0 is off. See `lr_factor`.
         window: how many losses are averaged to tell that the loss has recovered (see `lighthouse_fx.recovery`).
         on_event: called with each `StageEvent` once it is known. Every event goes to the logger `lighthouse_fx` as well.
@@ -64,6 +66,7 @@ class TwoStage:
         *,
         lighthouse_steps: int | None = None,
         fraction: float | None = None,
+        config: LighthouseConfig | None = None,
         rewarm_steps: int = 0,
         window: int = 32,
         on_event: Callable[[StageEvent], None] | None = None,
@@ -71,8 +74,11 @@ class TwoStage:
         _check_integer("total_steps", total_steps, least=1)
         _check_integer("rewarm_steps", rewarm_steps, least=0)
         _check_integer("window", window, least=1)
+        if config is not None and not isinstance(config, LighthouseConfig):
+            raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
         self.total_steps = total_steps
         self.lighthouse_steps = _lighthouse_steps(total_steps, lighthouse_steps, fraction)
+        self.config = config
         self.rewarm_steps = rewarm_steps
         self.on_event = on_event
         self._window = window
@@ -144,7 +150,7 @@ class TwoStage:
         if self._place != "entered" and self._step == self.lighthouse_steps > 0:
             self._tell(self._switch())
         self._place = "entered"
-        with dense() if self.is_dense() else pretraining():
+        with dense() if self.is_dense() else pretraining(self.config):
             yield
 
     def finish(self, loss: float | torch.Tensor | None = None) -> None:

@@ -1,19 +1,21 @@
 """`TwoStage`: stages by step, resuming after a real kill, and everything that it refuses."""
 
+import json
 import math
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import killed_run
 import pytest
 import torch
-from small_models import FIELDS, Model, assert_same_gradients, functional, inputs, passes_only, twin
+from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, inputs, passes_only, twin
 
 import lighthouse_fx
 from lighthouse_fx import StageEvent, TwoStage, stage
 
-SCRIPT = Path(__file__).with_name("killed_run.py")
+SCRIPT = Path(killed_run.__file__)
 
 
 def kinds(schedule, micro=1):
@@ -56,6 +58,16 @@ def test_one_model_is_switched_and_recompiles_once():
         with schedule.stage():
             assert_same_gradients(run, oracles[schedule.is_dense()], x, rtol=1e-10, atol=1e-12)
         assert [r.rewritten for r in lighthouse_fx.reports()[before:]] == [1, 0][: 1 + (step >= 3)]
+
+
+def test_a_schedule_may_bring_stage_1s_config():
+    model = Model(1).double()
+    run = torch.compile(model, backend=passes_only)  # whose own options keep so short a sequence dense
+    schedule = TwoStage(2, lighthouse_steps=1, config=CONFIG)
+    for step, attend in ((0, functional()), (1, None)):
+        with schedule.stage(step):
+            assert_same_gradients(run, twin(model, attend), inputs(dtype=torch.float64), rtol=1e-10, atol=1e-12)
+        assert lighthouse_fx.reports()[-1].rewritten == 1 - step
 
 
 def test_evaluation_in_stage_1_is_dense():
@@ -138,8 +150,6 @@ def test_a_resumed_loop_goes_on_at_the_next_step():
 
 
 def test_a_state_survives_json_and_weights_only_loading(tmp_path):
-    import json
-
     schedule = TwoStage(4, lighthouse_steps=2)
     for _ in schedule:
         schedule.finish(2.5)
@@ -182,18 +192,19 @@ def test_going_back_to_a_checkpoint_inside_the_loop():
 
 @pytest.mark.slow
 def test_killed_runs_go_on_with_identical_losses(tmp_path):
-    """SIGKILL in stage 1, exactly at the switch, and in stage 2: before the optimiser's step, after it, after saving."""
-    assert run(tmp_path / "whole") == 0
+    """SIGKILL in stage 1 before the optimiser's step, exactly at the switch, and in stage 2 before a step is saved."""
+    (tmp_path / "whole").mkdir()
+    killed_run.main(tmp_path / "whole")
     whole = (tmp_path / "whole" / "losses").read_text().splitlines()
     assert [line.split()[:2] for line in whole] == [
         [str(step), "pretraining" if step < 4 else "dense"] for step in range(8)
     ]
     assert len({line.split()[2] for line in whole}) == 8
-    for where, step in (("backward", 2), ("saved", 3), ("stepped", 4), ("backward", 7)):
+    for where, step in (("backward", 2), ("saved", 3), ("stepped", 4)):
         assert run(tmp_path / "killed", where, step) == -signal.SIGKILL
     assert run(tmp_path / "killed") == 0
     lines = (tmp_path / "killed" / "losses").read_text().splitlines()
-    assert [int(line.split()[0]) for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7]
+    assert [int(line.split()[0]) for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 7]
     assert lines == [whole[int(line.split()[0])] for line in lines]
 
 
@@ -388,6 +399,7 @@ def test_a_step_is_finished_once():
         ({"total_steps": 4, "fraction": "half"}, "fraction='half'"),
         ({"total_steps": 4, "fraction": 0.5, "rewarm_steps": -1}, "rewarm_steps=-1"),
         ({"total_steps": 4, "fraction": 0.5, "window": 0}, "window=0"),
+        ({"total_steps": 4, "fraction": 0.5, "config": {"topk": 8}}, "give a LighthouseConfig"),
     ],
 )
 def test_bad_arguments(arguments, says):
