@@ -321,6 +321,11 @@ def _lighthouse_steps(total: int, steps: int | None, fraction: float | None) -> 
         raise TypeError(f"fraction={fraction!r} is a {type(fraction).__name__}: give a number from 0 to 1, such as 0.625")
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
         raise ValueError(f"fraction={fraction} is no share: give a number from 0 to 1, such as 0.625")
+    if fraction > 0 and round(total * fraction) == 0:
+        raise ValueError(
+            f"fraction={fraction} of total_steps={total} is no whole step: give lighthouse_steps=1, or fraction=0 for a dense "
+            "run"
+        )
     return round(total * fraction)
 
 

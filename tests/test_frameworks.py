@@ -232,6 +232,41 @@ def test_lightning_leaves_no_stage_after_an_exception(tmp_path):
     assert stage.current.kind == "default"
 
 
+def test_lightning_scales_the_learning_rate_and_tells_events(tmp_path):
+    (pl,) = without_frameworks(["lightning.pytorch"])
+    from lighthouse_fx.integrations.lightning import LighthouseCallback
+
+    class Falling(pl.LightningModule):
+        """Its weight falls by the learning rate."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, index):
+            self.seen.append((self.weight.item(), stage.current.kind))
+            return self.weight + 7.0
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    told = []
+    schedule = TwoStage(4, lighthouse_steps=2, rewarm_steps=2, window=1, on_event=told.append)
+    callback = LighthouseCallback(schedule, compile_blocks=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(
+        max_steps=4, accumulate_grad_batches=2, accelerator="cpu", callbacks=[callback], default_root_dir=tmp_path, **quiet
+    )
+    module = Falling()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(16, 1)))
+    kinds = ["pretraining"] * 4 + ["dense"] * 4
+    assert module.seen == list(zip([0, 0, -1, -1, -2, -2, -2.5, -2.5], kinds, strict=True))
+    assert module.weight.item() == -3.5
+    assert [(event.kind, event.loss) for event in told[:2]] == [("switch", None), ("jump", 5.0)]
+    assert told[1].level == 6.0
+
+
 # --- litgpt -----------------------------------------------------------------------------------------------------------
 
 

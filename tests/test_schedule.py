@@ -395,6 +395,7 @@ def test_a_step_is_finished_once():
         ({"total_steps": 4, "lighthouse_steps": 5}, "lighthouse_steps=5 is more than total_steps=4"),
         ({"total_steps": 4, "lighthouse_steps": True}, "lighthouse_steps=True"),
         ({"total_steps": 4, "fraction": 1.5}, "fraction=1.5"),
+        ({"total_steps": 4, "fraction": 0.1}, "fraction=0.1 of total_steps=4 is no whole step"),
         ({"total_steps": 4, "fraction": math.nan}, "fraction=nan"),
         ({"total_steps": 4, "fraction": "half"}, "fraction='half'"),
         ({"total_steps": 4, "fraction": 0.5, "rewarm_steps": -1}, "rewarm_steps=-1"),
