@@ -13,7 +13,9 @@ from .functional import lighthouse_attention
 from .journal import reports
 from .loss_monitor import Divergence
 from .passkey import Passkey
+from .recovery import StageEvent
 from .report import AttentionRecord, GraphReport, Report
+from .schedule import TwoStage
 from .stage import dense, pretraining
 from .tracing import explain
 from .validation import validate
@@ -29,6 +31,8 @@ __all__ = [
     "Passkey",
     "Report",
     "RunLog",
+    "StageEvent",
+    "TwoStage",
     "Validation",
     "Verification",
     "compile",

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folder of the checkout -> package that pyproject.toml maps it to.
 PACKAGES = {
     "lighthouse_fx": "lighthouse_fx",
+    "lighthouse_fx/integrations": "lighthouse_fx.integrations",
     "passes": "lighthouse_fx.passes",
     "kernels": "lighthouse_fx.kernels",
 }
@@ -19,7 +20,7 @@ ALLOWED = {
     "kernels": ("lighthouse_fx.kernels",),
     "passes": ("lighthouse_fx.passes", "lighthouse_fx.kernels", "lighthouse_fx.config"),
 }
-FILES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted({path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")})
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -118,18 +119,20 @@ def test_import_needs_no_optional_package():
     script = """
 import sys
 
+FRAMEWORKS = {"transformers", "accelerate", "lightning", "litgpt", "torchtitan"}
+
 class Without:  # a finder that does not see some packages, as if they were not installed
     def __init__(self, finder):
         self.finder = finder
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "flash_attn", "matplotlib", "transformers", "numpy"}:
+        if name.split(".")[0] in {"triton", "flash_attn", "matplotlib", "numpy", *FRAMEWORKS}:
             return None
         return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-import lighthouse_fx, lighthouse_fx.backend, lighthouse_fx.kernels, lighthouse_fx.passes
+import lighthouse_fx, lighthouse_fx.backend, lighthouse_fx.integrations, lighthouse_fx.kernels, lighthouse_fx.passes
 """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
