@@ -12,6 +12,7 @@ from torch import fx
 
 from lighthouse_fx.config import LighthouseConfig
 
+from .by_hand import find_by_hand
 from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
 from .check import check_attention
 from .find import find_attention
@@ -22,6 +23,7 @@ from .rewrite import rewrite_attention
 
 PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_attention,
+    find_by_hand,
     prove_masks,
     check_attention,
     undo_repeated_heads,

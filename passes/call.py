@@ -24,12 +24,28 @@ TRAINING = "lighthouse_training"  # function: node -> whether the module around 
 MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
 
 
+Steps = tuple[tuple[str, tuple[Any, ...]], ...]  # methods of a tensor and their arguments, the first one first
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """Why a call stays dense, and what the user can do about it."""
 
     reason: str
     remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreMask:
+    """How a graph that writes attention out applies its mask to the scores, which have this shape and dtype there.
+
+    `fill` is None where the mask is added. Otherwise scores become `fill` where the mask is `hides`.
+    """
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    fill: Any = None
+    hides: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +63,12 @@ class AttentionCall:
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
     the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
+    `score_mask` says how `mask` is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is none,
+    `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
+    `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
     `documents`, where attention stays inside documents: a node of int `[B, N]`, the number of each token's document, which
-    never falls along a row. `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
+    never falls along a row.
+    `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
 
@@ -65,6 +85,10 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     documents: Any = None
+    score_mask: ScoreMask | None = None
+    own_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    views: tuple[fx.Node, ...] = ()
+    steps: Steps = ()
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     rewritable: bool = False

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .call import DENSE, AttentionCall, fake, for_each_call
+from .call import DENSE, AttentionCall, ScoreMask, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one
 from .operations import OPERATIONS, is_fresh
 from .regions import Region
@@ -30,6 +30,10 @@ _Nodes = tuple[tuple[fx.Node, Region], ...]
 _ANY_LENGTH = 2**32  # no symbolic size is greater
 _REMEDY = (
     "pass is_causal=True and no attn_mask; with transformers, call the model without attention_mask and position_ids"
+)
+_REMEDY_BY_HAND = (
+    "make the mask in forward, of torch.ones(N, N).tril() or arange (a buffer or an argument may hold anything), or use "
+    "scaled_dot_product_attention with is_causal=True"
 )
 
 
@@ -44,36 +48,47 @@ def prove_masks(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: An
 def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall:
     if call.region.opaque:
         return call
+    remedy = _REMEDY_BY_HAND if call.score_mask else _REMEDY
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
-        return call.refuse(f"explicit attn_mask, not proved to be only causal: {why}", _REMEDY)
+        return call.refuse(f"explicit attn_mask, not proved to be only causal: {why}", remedy)
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
         return call.refuse(
-            "explicit attn_mask, not proved to be only causal: its construction was not understood", _REMEDY
+            "explicit attn_mask, not proved to be only causal: its construction was not understood", remedy
         )
     if bands == ((-last, last),):
-        return replace(call, mask=None, mask_nodes=visited)
+        return replace(call, mask=None, score_mask=None, mask_nodes=visited)
     if bands == ((0, last),):
-        return replace(call, mask=None, is_causal=True, mask_nodes=visited)
+        return replace(call, mask=None, score_mask=None, is_causal=True, mask_nodes=visited)
     if len(bands) == 1 and bands[0][0] == 0:
         return call.refuse(f"sliding window: attn_mask shows each token the last {bands[0][1] + 1:.0f} only")
-    return call.refuse("attn_mask is neither causal nor full", _REMEDY)
+    return call.refuse("attn_mask is neither causal nor full", remedy)
 
 
 def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands, float, _Nodes]:
     """The bands of diagonals `i - j` that a call's mask lets through, the last diagonal, and the nodes that build the mask."""
     mask, query, key = fake(call.mask), fake(call.query), fake(call.key)
-    if mask is None or query is None or key is None or query.dim() != 4 or not 2 <= mask.dim() <= 4:
+    if mask is None or query is None or key is None or query.dim() != 4 or key.dim() != 4 or mask.dim() < 2:
         raise Unproven("its shape is not known")
-    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])[4 - mask.dim() :]
+    form = call.score_mask
+    scores = form.shape if form else (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask.dim() > len(scores) or not 2 <= len(scores) <= 4:
+        raise Unproven("its shape is not known")
+    full = scores[len(scores) - mask.dim() :]
     if any(size != expected and not is_one(size) for size, expected in zip(mask.shape, full, strict=True)):
         raise Unproven(f"its shape {list(mask.shape)} does not fit {list(full)}")
-    names = "bhij"[4 - mask.dim() :]
+    names = ("bij" if len(scores) == 3 else "bhij")[-mask.dim() :]
     sizes = {name: size if isinstance(size, int) else _ANY_LENGTH for name, size in zip(names, full, strict=True)}
     elements = Elements(OPERATIONS, sizes)
     where = tuple(ORIGIN if is_one(size) else coordinate(name) for size, name in zip(mask.shape, names, strict=True))
-    allowed = _allowed(as_cases(elements.at(call.mask, call.region, where)), mask.dtype)
+    found = as_cases(elements.at(call.mask, call.region, where))
+    if form is None:
+        allowed = _allowed(found, mask.dtype)
+    elif form.fill is None:
+        allowed = _allowed_by_adding(found, mask.dtype, form.dtype)
+    else:
+        allowed = _allowed_by_filling(found, as_cases(elements.at(form.fill, call.region, ())), mask.dtype, form)
     _refuse_shared_writes(elements.visited, writers)
     length = query.shape[2]
     last = length - 1 if isinstance(length, int) else math.inf
@@ -89,6 +104,21 @@ def _allowed(mask: Cases, dtype: torch.dtype) -> Diagonals:
     if not all(value == 0 or value <= lowest for _, value in mask.parts):
         raise Unproven("it adds a bias other than 0 and -inf")
     return mask.where(lambda value: value == 0)
+
+
+def _allowed_by_adding(mask: Cases, dtype: torch.dtype, scores: torch.dtype) -> Diagonals:
+    """As for a bias of the scores' own dtype; bool is no mask here, but numbers that are added."""
+    if not dtype.is_floating_point:
+        raise Unproven(f"numbers of {dtype} are added to the scores")
+    return _allowed(mask, scores)
+
+
+def _allowed_by_filling(mask: Cases, fill: Cases, dtype: torch.dtype, form: ScoreMask) -> Diagonals:
+    if dtype != torch.bool:
+        raise Unproven(f"scores are filled where a tensor of {dtype} says so")
+    if not all(value <= torch.finfo(form.dtype).min for _, value in fill.parts):
+        raise Unproven("it fills scores with another number than -inf or the lowest one")
+    return mask.where(lambda value: value != form.hides)
 
 
 def _refuse_shared_writes(visited: Mapping[fx.Node, Region], writers: Writers) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from lighthouse_fx.config import LighthouseConfig
@@ -30,6 +31,7 @@ from ..kernels.inner import has_choice
 from ..kernels.scorers import require_fla
 from .call import CALLS, AttentionCall, fake
 from .check import pyramid_of
+from .find import is_attention
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _OPS = torch.ops.lighthouse_fx
@@ -37,7 +39,7 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 
 
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
-    """Replace each accepted `scaled_dot_product_attention` by select, three gathers, itself on S entries, and scatter."""
+    """Replace each accepted call by select, three gathers, `scaled_dot_product_attention` on S entries, and scatter."""
     changed = []
     if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
@@ -104,10 +106,11 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             )
             for x in (q, k, v)
         ]  # fmt: skip
-        out = fakes[node]
+        out = fakes[node] if is_attention(node) else empty(node, *fakes[q].shape[:3], fakes[v].shape[3])
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
         if not has_choice(out.device, config.kernel):
-            inner = function(node.target, *gathered, value=attended, **_carried_over(call))
+            target = node.target if is_attention(node) else F.scaled_dot_product_attention
+            inner = function(target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(
                 _OPS.attention.default,
@@ -119,6 +122,9 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             inner, entries, slots, length, levels, pooling, call.is_causal, REVISION,
             value=out,
         )  # fmt: skip
+        for method, arguments in call.steps:
+            out = getattr(out, method)(*arguments)
+            result = add(method, (result, *arguments), {}, out, "call_method")
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 
