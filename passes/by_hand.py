@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from .call import CALLS, NO_GRADIENTS, AttentionCall, ScoreMask, constant, fake
+from .call import NO_GRADIENTS, AttentionCall, ScoreMask, add_calls, constant, fake
 from .elements import operation_name
 from .find import module_path, source_line
 from .products import Output, Scores, Unclear, View, factors, is_number, is_product, output, scores
 from .regions import regions
+from .views import shown
 from .writes import Writers, memories, written
 
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
@@ -47,17 +48,15 @@ _KEEP = "write it as scaled_dot_product_attention(q, k, v, is_causal=True)"
 def find_by_hand(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
     """Add an `AttentionCall` for every attention that is written out, in graph order."""
     writers = functools.cache(lambda: written(gm))
-    found: list[AttentionCall] = list(gm.meta[CALLS])
-    order: dict[fx.Node, int] = {}
+    found, order = [], []
     for region in regions(gm):
         nodes = list(region.gm.graph.nodes)
-        order |= {node: len(order) + n for n, node in enumerate(nodes)}
         for node in nodes:
             if is_product(node) and (between := _between(node)):
-                weights, softmax = between
                 call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
-                found.append(_understood(call, weights, softmax, writers, gradients=NO_GRADIENTS not in gm.meta))
-    gm.meta[CALLS] = tuple(sorted(found, key=lambda call: order[call.node]))
+                found.append(_understood(call, *between, writers, gradients=NO_GRADIENTS not in gm.meta))
+        order += nodes
+    add_calls(gm, found, order)
     return gm
 
 
@@ -121,7 +120,9 @@ def _understood(
         _used_alone(call.node, path.nodes)
         _check_arguments(asked, out, path, call.node, gradients=gradients)
         views: list[fx.Node] = []
-        query, key, value = (_shown(view, call.node, views) for view in (asked.query, asked.key, out.value))
+        query, key, value = (
+            shown(view.node, view.steps, call.node, views) for view in (asked.query, asked.key, out.value)
+        )
     except Unclear as why:
         return call.refuse(f"attention written out by hand: {why.reason}", why.remedy or _KEEP)
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
@@ -322,16 +323,3 @@ def _one_head(view: View) -> bool:
     tensor = fake(view.node)
     size = tensor.shape[view.order[1]] if tensor is not None and len(view.order) == 4 else None
     return isinstance(size, int) and size == 1
-
-
-def _shown(view: View, before: fx.Node, views: list[fx.Node]) -> fx.Node:
-    """A node that shows an argument as `[B, H, N, D]`: the argument itself, if it is so already."""
-    node = view.node
-    for method, arguments in view.steps:
-        value = getattr(fake(node), method)(*arguments)
-        with before.graph.inserting_before(before):
-            node = before.graph.call_method(method, (node, *arguments))
-        node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
-        node.meta["example_value"] = value
-        views.append(node)
-    return node

@@ -7,7 +7,7 @@ for one that trains, in no known layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +103,12 @@ class AttentionCall:
 def for_each_call(gm: fx.GraphModule, step: Callable[[AttentionCall], AttentionCall]) -> None:
     """Replace each call that is not refused yet by `step(call)`."""
     gm.meta[CALLS] = tuple(call if call.refusal else step(call) for call in gm.meta[CALLS])
+
+
+def add_calls(gm: fx.GraphModule, calls: Iterable[AttentionCall], order: Iterable[fx.Node]) -> None:
+    """Add calls to those found before, all in the order of the graph's nodes."""
+    place = {node: n for n, node in enumerate(order)}
+    gm.meta[CALLS] = tuple(sorted((*gm.meta[CALLS], *calls), key=lambda call: place[call.node]))
 
 
 def fake(node: Any) -> torch.Tensor | None:
