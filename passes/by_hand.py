@@ -38,7 +38,7 @@ _IN_PLACE = frozenset({"imul", "mul_", "itruediv", "div_", "iadd", "add_", "mask
 _SEEN_THROUGH = _CASTS | _RESHAPES | _TIMES | _OVER | _PLUS | _FILLS | frozenset(
     {
         "where", "dropout", "sub", "isub", "sub_", "rsub", "tanh", "clamp", "clip", "clone", "detach", "transpose", "permute",
-        "getitem", "nan_to_num", "pow", "neg", "squeeze", "unsqueeze", "dropout_", "baddbmm", "tril", "triu",
+        "getitem", "nan_to_num", "pow", "neg", "squeeze", "unsqueeze", "tril", "triu",
     }
 )  # fmt: skip
 _FARTHEST = 12  # operations between a product and the softmax

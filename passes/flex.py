@@ -28,7 +28,7 @@ from .find import module_path, source_line
 from .operations import OPERATIONS, is_interpreted
 from .products import Unclear, is_number
 from .regions import Region, regions
-from .symbolic import EVERY, Cases, Diagonals, Unproven, as_cases, coordinate
+from .symbolic import EVERY, Diagonals, Unproven, as_cases, coordinate
 from .views import only_output
 
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
@@ -133,7 +133,7 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
             documents = outer[numbers]
             continue
         try:
-            seen = seen & _shown(as_cases(elements.at(condition, Region(gm=body), ())))
+            seen = seen & as_cases(elements.at(condition, Region(gm=body), ())).where(bool)
         except Unproven as why:
             raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: {why}") from why
     if seen not in (EVERY, _CAUSAL):
@@ -142,10 +142,6 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
             raise Unclear(f"sliding window: flex_attention's mask_mod shows each token the last {high + 1:.0f} only")
         raise Unclear("flex_attention's mask_mod is neither causal nor full")
     return _Masked(causal=seen == _CAUSAL, documents=documents)
-
-
-def _shown(cases: Cases) -> Diagonals:
-    return cases.where(bool)
 
 
 def _conditions(node: Any) -> list[Any]:

@@ -3,7 +3,7 @@
     i = arange(N)[:, None]; j = arange(N); mask = j <= i
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)     ->  its AttentionCall now says is_causal=True, mask=None
 
-The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
+Masks of attention that is written out, filled or added into the scores, are proved alike. The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
 is not proved, whatever that input holds today.
 """
 
