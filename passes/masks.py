@@ -3,8 +3,9 @@
     i = arange(N)[:, None]; j = arange(N); mask = j <= i
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask)     ->  its AttentionCall now says is_causal=True, mask=None
 
-Masks of attention that is written out, filled or added into the scores, are proved alike. The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
-is not proved, whatever that input holds today.
+The proof is exact, from the operations that build the mask (`elements.py`). A mask that depends on any input of the graph
+is not proved, whatever that input holds today. The masks of attention that is written out, which are added to its scores or
+say where these are filled, are proved alike.
 """
 
 from __future__ import annotations
