@@ -26,7 +26,7 @@ STAGE := .mypy/stage
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test quick pytest pretrain bench lint format typecheck check clean
+.PHONY: help setup test quick pytest pretrain models bench lint format typecheck check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,6 +69,9 @@ quick: $(STAMP) ## the tests that are not slow
 
 pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and beside it densely
 	$(PY) examples/pretrain.py $(ARGS)
+
+models: $(STAMP) ## write docs/models.md anew: which attentions of which models are rewritten
+	$(TEST_ENV) LIGHTHOUSE_WRITE_MODELS=1 $(PY) -m pytest tests/test_models.py
 
 bench: $(STAMP) ## time one attention layer beside dense attention, on a GPU
 	$(PY) benchmarks/layer.py $(ARGS)

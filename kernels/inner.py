@@ -2,7 +2,8 @@
 
 `lighthouse_fx::attention` is `scaled_dot_product_attention` with a choice of kernel. It is a composite op: AOTAutograd sees
 through it to the one aten op that was chosen, so the choice holds forward and backward and is part of the compiled graph.
-"flash" is PyTorch's FlashAttention, or the flash-attn that `torch.nn.attention.activate_flash_attention_impl` has put there.
+"flash" is PyTorch's own FlashAttention 2, or what `torch.nn.attention.activate_flash_attention_impl` has put in its place.
+"flash-attn" calls the package of that name; "flash-attn-4" insists that flash-attn 4 has been put in that place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
+    "flash-attn-4": SDPBackend.FLASH_ATTENTION,
 }
 _ALLOWED: dict[str, Callable[[], bool]] = {
     "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
@@ -40,8 +42,20 @@ def preferred(device: torch.device) -> list[SDPBackend]:
 
     A kernel that the user has switched off (`sdpa_kernel`, `torch.backends.cuda.enable_...`) is not among them.
     """
+    return [_BACKENDS[name] for name in _order(device)]
+
+
+def _order(device: torch.device) -> list[str]:
     first = ("cudnn", "flash") if torch.cuda.get_device_capability(device) >= _HOPPER else ("flash", "cudnn")
-    return [_BACKENDS[name] for name in (*first, "efficient", "math") if _ALLOWED[name]()]
+    return [name for name in (*first, "efficient", "math") if _ALLOWED[name]()]
+
+
+def resolved(device: torch.device, kernel: str) -> str:
+    """What `kernel` means on a device now: "auto" on CUDA becomes the order of preference, "cudnn,flash,...".
+
+    A graph says this rather than "auto", so that a compile cache does not serve what the user has switched off since.
+    """
+    return ",".join(_order(device)) if kernel == "auto" and device.type == "cuda" else kernel
 
 
 def has_choice(device: torch.device, kernel: str) -> bool:
@@ -66,17 +80,51 @@ def _attention(
 
     if not has_choice(query.device, kernel):
         return run()
-    if kernel == "auto":
-        with sdpa_kernel(preferred(query.device), set_priority=True):
-            return run()
+    kernel = resolved(query.device, kernel)
+    require_package(kernel)
+    if kernel == "flash-attn":
+        return _by_flash_attn(query, key, value, dropout_p, is_causal, scale)
     try:
-        with sdpa_kernel(_BACKENDS[kernel]):
+        with sdpa_kernel([_BACKENDS[name] for name in kernel.split(",")], set_priority=True):
             return run()
     except RuntimeError as error:
         raise RuntimeError(
             f"kernel={kernel!r} cannot attend to queries {list(query.shape)} of {query.dtype} on {query.device}: "
             f"use kernel='auto', which takes the fastest that can ({error})"
         ) from error
+
+
+def _by_flash_attn(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, scale: float | None
+) -> Tensor:
+    """The package's function, which takes and gives `[B, S, H, D]`, and grouped heads as they are."""
+    from flash_attn import flash_attn_func
+
+    tokens = (x.transpose(1, 2) for x in (query, key, value))
+    out: Tensor = flash_attn_func(*tokens, dropout_p=dropout_p, softmax_scale=scale, causal=is_causal)
+    return out.transpose(1, 2)
+
+
+def require_package(kernel: str) -> None:
+    """Raise unless the package that a kernel is from can be used, and load it: a graph out of a warm cache does not.
+
+    Raises:
+        ImportError, RuntimeError: naming the extra, and what else there is to do.
+    """
+    if kernel == "flash-attn":
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                "kernel='flash-attn' needs that package: pip install 'lighthouse-fx[flash-attn]', or use kernel='flash', "
+                "PyTorch's own FlashAttention 2"
+            ) from error
+    if kernel == "flash-attn-4" and torch.nn.attention.current_flash_attention_impl() != "FA4":
+        raise RuntimeError(
+            "kernel='flash-attn-4' needs that package in the place of PyTorch's FlashAttention: "
+            "pip install 'lighthouse-fx[flash-attn-4]', then call "
+            "torch.nn.attention.activate_flash_attention_impl('FA4') before compiling"
+        )
 
 
 _library.impl("attention", _attention, "CompositeImplicitAutograd")

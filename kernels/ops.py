@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import documents, reference
 from .dispatch import kernels_for
 from .geometry import Pyramid
 from .inlined import kernel_op
-from .inner import attention, has_choice
+from .inner import attention, has_choice, require_package
 from .revision import REVISION
 from .scorers import token_scores
 
@@ -41,8 +41,8 @@ def _token_layout(like: Tensor, length: int) -> Tensor:
 
 def _select_in_two_kernels(q: Tensor, k: Tensor, v: Tensor, levels: int, *rest: Any) -> bool:
     """Whether select is its kernels alone, and their block sizes are known: they depend on N, see `choose_windows`."""
-    scorer, length = rest[4], q.shape[2]
-    return scorer == "norm" and levels <= 3 and isinstance(length, int)
+    scorer, starts, length = rest[4], rest[9:], q.shape[2]
+    return scorer == "norm" and starts in ((), (None,)) and levels <= 3 and isinstance(length, int)
 
 
 @kernel_op("lighthouse_fx::select", inline=_select_in_two_kernels)
@@ -60,12 +60,14 @@ def select(
     is_causal: bool,
     scale: float | None,
     revision: str,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the entries (SPEC.md, "Score and select"). No gradient flows through it.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; read only as far as the scorer needs them.
         quota: windows per tile and level, 0 for the default.
+        starts: int32 `[B, N]`, where each token's document begins; None: one document (`documents.py`).
 
     Returns:
         `entries` int32 `[B, G, S]`, the window in each slot, and `slots` int32 `[B, G, P]`, the slot of each window or -1.
@@ -79,8 +81,13 @@ def select(
     else:
         tokens = token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)
         window_q, window_k = (reference.window_scores(scores, pyramid) for scores in tokens)
+    if starts is None:
+        entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
+        return entries, slots
+    first = documents.must_expand(starts, pyramid)[:, None]  # [B, 1, P - N]
+    window_q, window_k = (scores.masked_fill(first, torch.inf) for scores in (window_q, window_k))
     entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
-    return entries, slots
+    return documents.arrange(entries, slots, starts, pyramid)
 
 
 @select.register_fake
@@ -94,7 +101,7 @@ def _(
 
 
 def _no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    return (None,) * 13
+    return (None,) * 14
 
 
 select.register_autograd(_no_gradient)
@@ -159,20 +166,40 @@ gather_backward.register_autograd(_differentiate_gather_backward, setup_context=
 
 @kernel_op("lighthouse_fx::scatter")
 def scatter(
-    out: Tensor, entries: Tensor, slots: Tensor, length: int, levels: int, pooling: int, is_causal: bool, revision: str
+    out: Tensor,
+    entries: Tensor,
+    slots: Tensor,
+    length: int,
+    levels: int,
+    pooling: int,
+    is_causal: bool,
+    revision: str,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    """Add each entry's output to the tokens that it concerns: out `[B, H, S, D]` -> `[B, H, N, D]` (SPEC.md, 4)."""
-    result: Tensor = kernels_for(out).scatter(out, slots, _pyramid(length, levels, pooling), is_causal=is_causal)
+    """Add each entry's output to the tokens that it concerns: out `[B, H, S, D]` -> `[B, H, N, D]` (SPEC.md, 4).
+
+    Args:
+        starts: int32 `[B, N]`, where each token's document begins; then it must be causal.
+    """
+    pyramid = _pyramid(length, levels, pooling)
+    result: Tensor = kernels_for(out).scatter(out, slots, pyramid, is_causal=is_causal, starts=starts)
     return result
 
 
 @kernel_op("lighthouse_fx::scatter_backward")
 def scatter_backward(
-    grad: Tensor, entries: Tensor, slots: Tensor, levels: int, pooling: int, is_causal: bool, revision: str
+    grad: Tensor,
+    entries: Tensor,
+    slots: Tensor,
+    levels: int,
+    pooling: int,
+    is_causal: bool,
+    revision: str,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The adjoint of `scatter`: grad `[B, H, N, D]` -> `[B, H, S, D]`."""
     pyramid = _pyramid(grad.shape[2], levels, pooling)
-    result: Tensor = kernels_for(grad).scatter_backward(grad, entries, pyramid, is_causal=is_causal)
+    result: Tensor = kernels_for(grad).scatter_backward(grad, entries, pyramid, is_causal=is_causal, starts=starts)
     return result
 
 
@@ -187,24 +214,24 @@ def _(grad: Tensor, entries: Tensor, *_: Any) -> Tensor:
 
 
 def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, entries, slots, _, *ctx.rest = inputs
-    ctx.save_for_backward(entries, slots)
+    _, entries, slots, _, *ctx.rest, starts = inputs
+    ctx.save_for_backward(entries, slots, starts)
 
 
 def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    entries, slots = ctx.saved_tensors
-    return scatter_backward(grad, entries, slots, *ctx.rest), None, None, None, None, None, None, None
+    entries, slots, starts = ctx.saved_tensors
+    return scatter_backward(grad, entries, slots, *ctx.rest, starts), *(None,) * 8
 
 
 def _save_scatter_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, entries, slots, *ctx.rest = inputs
+    grad, entries, slots, *ctx.rest, starts = inputs
     ctx.length = grad.shape[2]
-    ctx.save_for_backward(entries, slots)
+    ctx.save_for_backward(entries, slots, starts)
 
 
 def _differentiate_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    entries, slots = ctx.saved_tensors
-    return scatter(grad, entries, slots, ctx.length, *ctx.rest), None, None, None, None, None, None
+    entries, slots, starts = ctx.saved_tensors
+    return scatter(grad, entries, slots, ctx.length, *ctx.rest, starts), *(None,) * 7
 
 
 scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
@@ -227,19 +254,26 @@ def attend(
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
     kernel: str = "auto",
+    starts: Tensor | None = None,
+    max_documents: int = 256,
+    score_q: Tensor | None = None,
+    score_k: Tensor | None = None,
 ) -> Tensor:
     """The op sequence that the compiler pass writes into a graph, as a function: select, gather, attend, scatter.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
+        starts: int32 `[B, N]`, where each token's document begins, at most `max_documents` in a row; None: one document.
+        score_q: `[B, H, N, *]`, what the scorer reads in place of q; score_k: `[B, G, N, *]`.
 
     Returns:
         `[B, H, N, Dv]` in q's dtype.
     """
+    require_package(kernel)
     length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
     entries, slots = select(
-        q,
-        k,
+        q if score_q is None else score_q,
+        k if score_k is None else score_k,
         v,
         levels,
         pooling,
@@ -251,13 +285,18 @@ def attend(
         is_causal,
         scale,
         REVISION,
+        starts,
     )
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
-    if has_choice(q.device, kernel):
+    if starts is not None:
+        out = documents.attention_in_documents(
+            q, k, v, entries, starts, levels, pooling, dropout_p, scale, enable_gqa, max_documents, kernel
+        )
+    elif has_choice(q.device, kernel):
         out = attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
     else:
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION)
+    result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION, starts)
     return result

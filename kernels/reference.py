@@ -7,6 +7,8 @@ the window is no entry), so nothing depends on the order of atomics. Source: SPE
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,7 @@ from .geometry import Pyramid
 from .scorers import norms
 
 _LOWEST = torch.finfo(torch.float32).min
+_LOOKED_AT = 1 << 22  # elements of a mask at once, so that a large one needs no second of its size
 
 
 def norm_scores(x: Tensor, groups: int, pyramid: Pyramid) -> Tensor:
@@ -136,10 +139,13 @@ def gather_backward(grad: Tensor, slots: Tensor, pyramid: Pyramid) -> Tensor:
     return total.to(grad.dtype)
 
 
-def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter(
+    out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """The sum, for each token, of the entries that concern it: `[B, H, S, D]` -> `[B, H, N, D]`.
 
-    Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on. Otherwise its own window.
+    Causal: entry `(l, i)` concerns the `p^l` tokens from its window's last token on, those of its own document where there
+    are several (`starts`, see `documents.py`). Otherwise its own window.
     """
     total = _token_layout(_widen(out), pyramid)
     for level in range(pyramid.levels):
@@ -147,18 +153,63 @@ def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) ->
         rows = _present_rows(_widen(out), _level_slots(slots, level, pyramid))  # [B, H, W, D]
         shift = width - 1 if is_causal else 0
         reached = total[:, :, shift : shift + rows.shape[2] * width]
-        reached += rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
+        added = rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
+        if starts is not None:
+            own = _own_document(starts, level, pyramid)[:, shift : shift + reached.shape[2]]
+            added = torch.where(own[:, None, :, None], added, 0)
+        reached += added
     return total.to(out.dtype)
 
 
-def scatter_backward(grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter_backward(
+    grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """The adjoint of `scatter`: `[B, H, N, D]` -> `[B, H, S, D]`. Each entry sums the tokens that it concerns."""
     wide = _widen(grad)
     sums = []
     for level in range(pyramid.levels):
         shift = pyramid.pooling**level - 1 if is_causal else 0
-        sums.append(_blocks(wide, shift, level, pyramid).sum(-2))
+        concerned = wide
+        if starts is not None:
+            concerned = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
+        sums.append(_blocks(concerned, shift, level, pyramid).sum(-2))
     return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def is_causal_mask(mask: Tensor) -> Tensor:
+    """Whether a mask `[.., N, N]` is the causal mask: a bool `[]`."""
+    found = torch.ones((), dtype=torch.bool, device=mask.device)
+    for _, right in rows_that_are_causal(mask):
+        found = found & right.all()
+    return found
+
+
+def rows_that_are_causal(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The first row of each block of rows, and where the block is as in the causal mask: `[.., rows, N]`."""
+    length = mask.shape[-1]
+    rows = max(1, _LOOKED_AT // max(1, mask.numel() // max(1, length)))
+    position = torch.arange(length, device=mask.device)
+    for start in range(0, length, rows):
+        block = mask[..., start : start + rows, :]
+        earlier = position <= position[start : start + rows, None]
+        if mask.dtype == torch.bool:
+            yield start, block == earlier
+        else:
+            yield start, torch.where(earlier, block == 0, block <= torch.finfo(mask.dtype).min)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:
+    """Whether the window of a level that concerns a token, causally, lies in the token's document: bool `[B, N]`."""
+    width = pyramid.pooling**level
+    place = torch.arange(starts.shape[-1], device=starts.device) - (width - 1)
+    own: Tensor = (place >= 0) & (place // width * width >= starts)
+    return own
 
 
 def _widen(x: Tensor) -> Tensor:

@@ -25,12 +25,15 @@ _SPREAD = {"block_bytes": 4096, "num_warps": 2}
 
 @triton.jit
 def _collect_kernel(
-    x, entries, out, heads, groups, length, coarse, gathered,
+    x, entries, starts, out, heads, groups, length, coarse, gathered,
     stride_b, stride_h, stride_n, stride_d,
     LEVELS: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr, CAUSAL: tl.constexpr, UNROLL: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCK_S entries of one head. MEAN divides by the width; CAUSAL reads from the window's last token on."""
+    """Program: BLOCK_S entries of one head. MEAN divides by the width; CAUSAL reads from the window's last token on.
+
+    DOCUMENTS leaves out tokens whose document begins after the window does.
+    """
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     blocks = tl.cdiv(gathered, BLOCK_S)
     row = tl.program_id(0) // blocks  # batch row and head
@@ -49,6 +52,7 @@ def _collect_kernel(
         start = tl.where(here, (entry - first) * (P**level), start)
         width = tl.where(here, P**level, width)
         first += coarse * (P ** (LEVELS - 1 - level))
+    begin = start
     if CAUSAL:
         start += width - 1
     tokens = tl.where(inside, tl.minimum(width, length - start), 0)
@@ -58,7 +62,11 @@ def _collect_kernel(
     total = tl.zeros([BLOCK_S, BLOCK_D], acc)
     for outer in range(0, tl.max(tokens, axis=0), UNROLL):
         for u in tl.static_range(UNROLL):
-            total += tl.load(at, mask=(outer + u < tokens)[:, None] & in_row, other=0.0).to(acc)
+            read = outer + u < tokens
+            if DOCUMENTS:
+                document = tl.load(starts + batch * length + start + outer + u, mask=read, other=length)
+                read = read & (document <= begin)
+            total += tl.load(at, mask=read[:, None] & in_row, other=0.0).to(acc)
             at += stride_n
     if MEAN:
         total = total / width.to(acc)[:, None]
@@ -68,12 +76,15 @@ def _collect_kernel(
 
 @triton.jit
 def _spread_kernel(
-    x, slots, out, heads, groups, length, coarse, windows,
+    x, slots, starts, out, heads, groups, length, coarse, windows,
     stride_b, stride_h, stride_s, stride_d,
     LEVELS: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr, CAUSAL: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Program: BLOCK_N tokens of one head. MEAN divides by the width; CAUSAL starts at each window's last token."""
+    """Program: BLOCK_N tokens of one head. MEAN divides by the width; CAUSAL starts at each window's last token.
+
+    DOCUMENTS leaves out windows that begin before the token's document does.
+    """
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     rows = tl.num_programs(0) // tl.cdiv(length, BLOCK_N)
     row = tl.program_id(0) % rows  # heads are neighbours in memory, so they are neighbours here
@@ -85,6 +96,8 @@ def _spread_kernel(
     in_row = (d < DIM)[None, :]
     base = x + batch * stride_b + head * stride_h + d[None, :] * stride_d
     inverse = slots + (batch * groups + group) * windows
+    if DOCUMENTS:
+        document = tl.load(starts + batch * length + n, mask=inside, other=length)
 
     slot = tl.load(inverse + n, mask=inside, other=-1)
     total = tl.load(
@@ -98,6 +111,8 @@ def _spread_kernel(
         window = shifted // (P**level)
         count = coarse * (P ** (LEVELS - 1 - level))
         there = inside & (shifted >= 0) & (window < count)
+        if DOCUMENTS:
+            there = there & (window * (P**level) >= document)
         slot = tl.load(inverse + first + window, mask=there, other=-1)
         part = tl.load(
             base + slot.to(tl.int64)[:, None] * stride_s, mask=(slot >= 0)[:, None] & in_row, other=0.0
@@ -110,7 +125,9 @@ def _spread_kernel(
     tl.store(written, total.to(out.dtype.element_ty), mask=inside[:, None] & in_row)
 
 
-def _collect(x: Tensor, entries: Tensor, pyramid: Pyramid, *, mean: bool, is_causal: bool) -> Tensor:
+def _collect(
+    x: Tensor, entries: Tensor, pyramid: Pyramid, *, mean: bool, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     batch, heads, length, dim = x.shape
     gathered = entries.shape[2]
     out = x.new_empty(batch, heads, gathered, dim)
@@ -118,16 +135,19 @@ def _collect(x: Tensor, entries: Tensor, pyramid: Pyramid, *, mean: bool, is_cau
     block_s = block_rows(block_d * x.element_size(), _COLLECT["block_bytes"])
     with on_device_of(x):
         launchable(_collect_kernel)[(batch * heads * triton.cdiv(gathered, block_s),)](
-            x, entries.contiguous(), out, heads, entries.shape[1], length, pyramid.coarse, gathered, *x.stride(),
+            x, entries.contiguous(), _contiguous(starts, entries), out,
+            heads, entries.shape[1], length, pyramid.coarse, gathered, *x.stride(),
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
             UNROLL=divisor_up_to(pyramid.widest, _MOST_UNROLLED),
-            DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, WIDE=x.dtype == torch.float64,
+            DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
             num_warps=_COLLECT["num_warps"],
         )  # fmt: skip
     return out
 
 
-def _spread(x: Tensor, slots: Tensor, pyramid: Pyramid, *, mean: bool, is_causal: bool) -> Tensor:
+def _spread(
+    x: Tensor, slots: Tensor, pyramid: Pyramid, *, mean: bool, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     batch, heads, _, dim = x.shape
     length = pyramid.length
     out = x.new_empty(batch, length, heads, dim).transpose(1, 2)
@@ -135,12 +155,18 @@ def _spread(x: Tensor, slots: Tensor, pyramid: Pyramid, *, mean: bool, is_causal
     block_n = block_rows(block_d * x.element_size(), _SPREAD["block_bytes"])
     with on_device_of(x):
         launchable(_spread_kernel)[(batch * heads * triton.cdiv(length, block_n),)](
-            x, slots.contiguous(), out, heads, slots.shape[1], length, pyramid.coarse, slots.shape[2], *x.stride(),
+            x, slots.contiguous(), _contiguous(starts, slots), out,
+            heads, slots.shape[1], length, pyramid.coarse, slots.shape[2], *x.stride(),
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
-            DIM=dim, BLOCK_D=block_d, BLOCK_N=block_n, WIDE=x.dtype == torch.float64,
+            DIM=dim, BLOCK_D=block_d, BLOCK_N=block_n, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
             num_warps=_SPREAD["num_warps"],
         )  # fmt: skip
     return out
+
+
+def _contiguous(starts: Tensor | None, instead: Tensor) -> Tensor:
+    """A kernel takes a pointer there, also where it reads nothing by it."""
+    return instead if starts is None else starts.contiguous()
 
 
 def gather(x: Tensor, entries: Tensor, pyramid: Pyramid) -> Tensor:
@@ -153,11 +179,15 @@ def gather_backward(grad: Tensor, slots: Tensor, pyramid: Pyramid) -> Tensor:
     return _spread(grad, slots, pyramid, mean=True, is_causal=False)
 
 
-def scatter(out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter(
+    out: Tensor, slots: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """`reference.scatter`."""
-    return _spread(out, slots, pyramid, mean=False, is_causal=is_causal)
+    return _spread(out, slots, pyramid, mean=False, is_causal=is_causal, starts=starts)
 
 
-def scatter_backward(grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool) -> Tensor:
+def scatter_backward(
+    grad: Tensor, entries: Tensor, pyramid: Pyramid, *, is_causal: bool, starts: Tensor | None = None
+) -> Tensor:
     """`reference.scatter_backward`."""
-    return _collect(grad, entries, pyramid, mean=False, is_causal=is_causal)
+    return _collect(grad, entries, pyramid, mean=False, is_causal=is_causal, starts=starts)

@@ -7,6 +7,7 @@ rewrites the attention of a model that trains into Lighthouse attention, and lea
 
 from .blocks import compile
 from .config import LighthouseConfig
+from .documents import documents
 from .functional import lighthouse_attention
 from .journal import reports
 from .report import AttentionRecord, GraphReport, Report
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "compile",
     "dense",
+    "documents",
     "explain",
     "lighthouse_attention",
     "pretraining",

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from . import dynamo, journal, running, stage
+from . import documents, dynamo, journal, running, stage
 from .config import LighthouseConfig, config_field_names
 from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
 from .passes.call import NO_GRADIENTS
@@ -56,7 +56,9 @@ def lighthouse(
     gradients = torch.is_grad_enabled()
     modules = dynamo.Modules(rewritten)
     around = [module for call in calls if not gradients for _, module in modules.around(call.node)]
+    example_inputs = [*example_inputs, *documents.example_of(rewritten)]
     compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
+    compiled = documents.supplied(compiled, rewritten, stage.current.resolve(config) or config)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.rewritable for call in calls):
         return running.noted(compiled, report.calls) if calls else compiled
@@ -85,9 +87,11 @@ def rewrite(
     if config is None:
         gm.meta[DENSE] = _DENSE_STAGE
     before = as_networkx(gm)
+    gm = documents.with_input(gm)
     gm = run_passes(gm, example_inputs, config=config or own)
     del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
     calls = gm.meta[CALLS]
+    documents.settle_input(gm, calls)
     if gradients and any(call.rewritable for call in calls):  # Dynamo guards on the gradient mode
         dynamo.guard_on_stage()
         if config is not None:

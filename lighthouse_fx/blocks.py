@@ -156,8 +156,9 @@ def _arguments(given: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[
 
 _CAUSES = (
     "no graph with an attention call ran. Either they call no scaled_dot_product_attention (in transformers: "
-    "attn_implementation='sdpa'), or Dynamo's recompile limit was hit, after which code runs as it is written, dense. Then "
-    "give transformers models use_cache=False, which otherwise need a graph per layer; raise "
+    "attn_implementation='sdpa'), or they are modules of torch itself, which Dynamo skips (wrap each in a module of your "
+    "own), or Dynamo's recompile limit was hit, after which code runs as it is written, dense. Then give transformers "
+    "models use_cache=False, which otherwise need a graph per layer; raise "
     "torch._dynamo.config.recompile_limit before lighthouse_fx.compile; fullgraph=True makes the limit an error"
 )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 SCORERS = ("norm", "dilated", "gla")
-KERNELS = ("auto", "cudnn", "flash", "efficient", "math")
+KERNELS = ("auto", "cudnn", "flash", "efficient", "math", "flash-attn-4", "flash-attn")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
 
 
@@ -24,14 +24,18 @@ class LighthouseConfig:
         topk: windows expanded per level over the whole sequence, `k >= 1`.
         quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128.
         keep_first: always expand window 0, so that no token is left without output.
-        scorer: "norm" (norms of q and k), "dilated" (norms of two strided attention passes) or "gla" (of two passes of
-            linear attention; on a GPU by fla-core, the extra `gla`).
+        scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
+            attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
         kernel: what attends to the gathered sub-sequence on a GPU: "auto" (cuDNN on Hopper and newer, otherwise
-            FlashAttention, as far as they can), or "cudnn", "flash", "efficient" or "math", an error where it cannot.
+            FlashAttention, as far as they can), or "cudnn", "flash", "efficient", "math", or the packages "flash-attn" and
+            "flash-attn-4" (extras of the same names), an error where it cannot.
         max_kept: a call stays dense where more than this share of the tokens would be gathered (`S > max_kept * N`).
+        max_documents: documents in a row that attention on a GPU keeps apart at most, an error beyond.
         dense_layers: layers that stay dense in a whole-model compile, by number (negative ones count from the end) or
             by a pattern of the module's name, such as "model.layers.3" or "*.cross_attn".
+        assume_causal: take an explicit mask that is not proved to be causal, nor to be anything else, for causal; the
+            compiled model checks the mask in every step, and raises where it is another.
 
     Source: SPEC.md, "Names" and "The four stages".
 
@@ -48,7 +52,9 @@ class LighthouseConfig:
     dilation: int = 64
     max_kept: float = 0.75
     kernel: str = "auto"
+    max_documents: int = 256
     dense_layers: tuple[int | str, ...] = ()
+    assume_causal: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
@@ -144,5 +150,7 @@ _CHECKS = {
     "dilation": _integer_from(1, "dilation=64"),
     "max_kept": _share,
     "kernel": _kernel,
+    "max_documents": _integer_from(1, "max_documents=256"),
     "dense_layers": _layers,
+    "assume_causal": _boolean,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ except ImportError as error:  # pragma: no cover - depends on the torch release
 
 __all__ = [
     "Modules",
+    "as_fake",
     "compile_fx",
+    "copied",
     "guard_on_stage",
     "list_mode_options",
     "list_options",
@@ -57,6 +60,25 @@ _STEP = re.compile(r"\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]|\[(?P<index>\d+)
 def guard_on_stage() -> None:
     """Make the graph that is being compiled valid only for the stage that is on now."""
     _guard(AttrSource(AttrSource(ImportSource("lighthouse_fx"), "stage"), "key"))
+
+
+def as_fake(x: torch.Tensor) -> torch.Tensor:
+    """A tensor as the graph that is being compiled sees its inputs."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return x
+    return context.fake_mode.from_tensor(x, static_shapes=True)
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph, its nodes' metadata and what Dynamo wrote beside it; modules and subgraphs are shared."""
+    copy = fx.GraphModule(gm, deepcopy(gm.graph))
+    copy.meta.update(gm.meta)
+    for name, value in vars(gm).items():
+        vars(copy).setdefault(name, value)
+    for old, new in zip(gm.graph.find_nodes(op="placeholder"), copy.graph.find_nodes(op="placeholder"), strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+    return copy
 
 
 def _guard(source: Source) -> None:

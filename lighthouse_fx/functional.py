@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .config import LighthouseConfig
 from .kernels import attend
+from .kernels.documents import document_problem, starts_of
 from .kernels.shapes import shape_problem, tensor_problem
 from .passes.check import pyramid_over
 
 _log = logging.getLogger(__name__)
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def lighthouse_attention(
@@ -27,6 +29,9 @@ def lighthouse_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
+    documents: Tensor | None = None,
+    score_query: Tensor | None = None,
+    score_key: Tensor | None = None,
     config: LighthouseConfig | None = None,
 ) -> Tensor:
     """Lighthouse attention, eager or compiled, differentiable in query, key and value.
@@ -37,8 +42,11 @@ def lighthouse_attention(
         scale: factor on the scores, `1/sqrt(D)` by default.
         enable_gqa: allow `G < H`, grouped-query attention; `H % G` must be 0.
         dropout_p: probability of dropping an attention weight in the gathered sub-sequence.
-        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept` and `dense_layers` concern the
-            compiler only: a call of this function is always Lighthouse, whatever the stage.
+        documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside.
+        score_query: `[B, H, N, *]`, what the `norm` scorer reads in place of query; score_key: `[B, G, N, *]`. Where a norm
+            makes all queries and keys equally long (QK-norm), give them as they were before it. No gradient flows here.
+        config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept`, `dense_layers` and `assume_causal`
+            concern the compiler only: a call of this function is always Lighthouse, whatever the stage.
 
     Returns:
         `[B, H, N, Dv]`. A sequence shorter than one coarsest window (`p^(L-1)` tokens) is plain dense attention.
@@ -51,8 +59,11 @@ def lighthouse_attention(
     config = LighthouseConfig() if config is None else config
     _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
     _check_tensors(query, key, value, enable_gqa=enable_gqa)
+    starts = None if documents is None else _starts(documents, query, value, is_causal=is_causal, config=config)
+    _check_scored("score_query", score_query, query, config)
+    _check_scored("score_key", score_key, key, config)
     pyramid = pyramid_over(query.shape[2], config)
-    if pyramid.coarse == 0:
+    if pyramid.coarse == 0 and starts is None:
         _log.debug("dense: %d tokens are fewer than one coarsest window of %d", query.shape[2], pyramid.widest)
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p
@@ -69,7 +80,27 @@ def lighthouse_attention(
         enable_gqa=enable_gqa,
         dropout_p=dropout_p,
         kernel=config.kernel,
+        starts=starts,
+        max_documents=config.max_documents,
+        score_q=score_query,
+        score_k=score_key,
     )
+
+
+def _starts(documents: Tensor, query: Tensor, value: Tensor, *, is_causal: bool, config: LighthouseConfig) -> Tensor:
+    if not isinstance(documents, Tensor) or documents.dtype not in _INTEGERS:
+        shown = f"has dtype {documents.dtype}" if isinstance(documents, Tensor) else f"is a {type(documents).__name__}"
+        raise TypeError(f"documents {shown}: give an integer tensor [batch, tokens]")
+    expected = [query.shape[0], query.shape[2]]
+    if list(documents.shape) != expected:
+        raise ValueError(f"documents has shape {list(documents.shape)}, and the queries are {expected}: give [batch, tokens]")
+    if documents.device != query.device:
+        raise ValueError(f"documents is on {documents.device} and query on {query.device}: documents.to(query.device)")
+    if not is_causal:
+        raise ValueError("documents with is_causal=False: pass is_causal=True; only causal attention is kept inside documents")
+    if (problem := document_problem(query, value, config.kernel)) is not None:
+        raise ValueError(problem)
+    return starts_of(documents)
 
 
 def _check_numbers(*, is_causal: Any, enable_gqa: Any, scale: Any, dropout_p: Any, config: Any) -> None:
@@ -120,3 +151,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: boo
             raise ValueError(
                 f"query, key and value differ in {what}: {', '.join(map(str, found))}: convert them with .to({found[0]})"
             )
+
+
+def _check_scored(name: str, x: Any, like: Tensor, config: LighthouseConfig) -> None:
+    """What a scorer is to read must have a row for every row of query or key."""
+    if x is None:
+        return
+    of = name.removeprefix("score_")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}={x!r} is a {type(x).__name__}: give a tensor with the rows of {of}, or None")
+    if config.scorer != "norm":
+        raise ValueError(
+            f"{name} was given and the scorer is {config.scorer!r}, which attends with query and key themselves: leave {name} "
+            "out, or use scorer='norm'"
+        )
+    if problem := tensor_problem(name, x):
+        raise TypeError(problem)
+    if x.dim() != 4 or x.shape[:3] != like.shape[:3] or x.shape[3] == 0:
+        shapes = f"{list(x.shape)}, and {of} {list(like.shape)}"
+        raise ValueError(f"{name} has shape {shapes}: give the same batch, heads and tokens, and any last dimension")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} and {of} on {like.device}: move it with .to({str(like.device)!r})")

@@ -26,11 +26,11 @@ from .passes.rewrite import REWRITTEN_FROM
 
 Shape = tuple[int | str, ...]
 
-_COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense FLOPs", "ops", "rewritten")
+_COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense FLOPs", "ops", "scores", "rewritten")
 _NOTHING_TRACED = "nothing was traced: no tensor operation ran where torch.compile could see it"
 _NO_ATTENTION = (
     "no attention call was found: the model has to call torch.nn.functional.scaled_dot_product_attention "
-    "(in transformers, attn_implementation='sdpa')"
+    "(in transformers, attn_implementation='sdpa'; models whose scores are soft-capped, such as Gemma 2, write theirs out)"
 )
 
 
@@ -41,10 +41,13 @@ class AttentionRecord:
     Attributes:
         module: path of the module that calls it, "" outside any; source: `file:line` in the user's code.
         query, key, value: shapes `[B, H, N, D]`, symbolic sizes as text; dtype: of the query.
-        is_causal: as computed, so true where a mask was proved to be causal.
+        is_causal: as computed, so true where a mask was proved to be causal, or is assumed to be.
         length: N; gathered: S, None where the call was refused before S was known.
         flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
         ops: what serves the ops of a rewritten call on its device, "Triton" or "plain PyTorch"; "" where it is dense.
+        scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
+            configuration's, "" where it reads query and key as they are.
+        assumed: whether it is rewritten because its mask is assumed to be causal (`assume_causal`), and checked in every step.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -62,6 +65,9 @@ class AttentionRecord:
     reason: str
     remedy: str
     ops: str = ""
+    scorer: str = ""
+    scored: str = ""
+    assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,7 +89,9 @@ class GraphReport:
             f"{call.module or 'a call'}: {call.reason}" for call in self.calls if not call.rewritten
         )
         left = f"; left dense: {'; '.join(reasons)}" if reasons else ""
-        return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{left}"
+        assumed = sum(call.assumed for call in self.calls)
+        checked = f" ({assumed} with an attn_mask assumed to be causal, checked in every step)" if assumed else ""
+        return f"{self.rewritten} of {len(self.calls)} attention calls rewritten{checked}{left}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,11 +126,12 @@ class Report:
         return table
 
     def _cells(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-        """Columns and rows of the table. The ops are told where there are any; a table without calls says so."""
+        """Columns and rows of the table. Ops and scores are told where there are any; a table without calls says so."""
         if not self.calls:
             reason = _NO_ATTENTION if self.graphs else _NOTHING_TRACED
             return ("module", "rewritten"), [("-", f"no: {reason}")]
-        shown = [n for n, column in enumerate(_COLUMNS) if column != "ops" or self.rewritten]
+        told = {"ops": self.rewritten, "scores": any(call.scored for call in self.calls)}
+        shown = [n for n, column in enumerate(_COLUMNS) if told.get(column, True)]
         return [_COLUMNS[n] for n in shown], [[row[n] for n in shown] for row in map(_row, self.calls)]
 
     def print(self, console: Console | None = None) -> None:
@@ -205,11 +214,12 @@ def _row(call: AttentionRecord) -> tuple[str, ...]:
         _short_source(call.source),
         f"{_show(call.query)} {call.dtype}".rstrip(),
         str(call.key[1]) if len(call.key) == 4 else "-",
-        "yes" if call.is_causal else "no",
+        "assumed" if call.assumed else "yes" if call.is_causal else "no",
         _or_dash(call.length),
         _or_dash(call.gathered),
         "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
         call.ops or "-",
+        ": ".join(filter(None, (call.scorer, call.scored))) or "-",
         outcome,
     )
 
@@ -230,14 +240,17 @@ def record(call: AttentionCall) -> AttentionRecord:
         key=_shape(key),
         value=_shape(value),
         dtype=str(query.dtype).removeprefix("torch.") if query is not None else "",
-        is_causal=call.is_causal is True,
+        is_causal=call.is_causal is True and not (call.refusal and call.unproved is not None),
         length=_size(length),
         gathered=_size(gathered),
         flops_share=share,
         rewritten=call.refusal is None,
         reason=call.refusal.reason if call.refusal else "",
         remedy=call.refusal.remedy if call.refusal else "",
+        scorer=call.scorer if call.refusal is None else "",
+        scored=call.scored if call.refusal is None else "",
         ops=serving(query.device) if query is not None and call.refusal is None else "",
+        assumed=call.refusal is None and call.unproved is not None,
     )
 
 

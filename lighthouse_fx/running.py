@@ -18,11 +18,13 @@ from torch.utils import checkpoint
 
 from . import journal, stage
 from .config import LighthouseConfig
+from .documents import Documents
 from .report import AttentionRecord
 
 Compiled = Callable[..., Any]
 
-_forwards: WeakKeyDictionary[Any, stage.Stage] = WeakKeyDictionary()  # checkpoint -> the stage of its forward
+# Checkpoint -> the stage and the documents of its forward.
+_forwards: WeakKeyDictionary[Any, tuple[stage.Stage, Documents | None]] = WeakKeyDictionary()
 
 
 def noted(compiled: Compiled, calls: Sequence[AttentionRecord]) -> Compiled:
@@ -41,8 +43,15 @@ def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: Lighthouse
     def run(*args: Any) -> Any:
         for forward, again in _checkpoints():
             if not again:
-                _forwards[forward] = stage.current
-            elif (before := _forwards.get(forward, stage.current)).resolve(own) != stage.current.resolve(own):
+                _forwards[forward] = stage.current, stage.documents
+                continue
+            before, documents = _forwards.get(forward, (stage.current, stage.documents))
+            if documents is not stage.documents:
+                raise RuntimeError(
+                    "activation checkpointing runs a forward again under other documents: call backward() inside the same "
+                    "documents() block as the forward"
+                )
+            if before.resolve(own) != stage.current.resolve(own):
                 raise RuntimeError(
                     f"activation checkpointing runs a forward of the stage {before} again in the stage {stage.current}, so "
                     "the gradients would belong to another function than the loss: call backward() inside the same "

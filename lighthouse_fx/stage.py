@@ -2,7 +2,8 @@
 
 `pretraining(...)` and `dense()` set the stage for the whole process, all threads, as long as they last. A compiled model
 guards on `key`, so that a change of stage recompiles once and going back finds the graph compiled before. The state is
-this module's two names, because a guard can reach a module attribute from any frame.
+this module's names, because a guard can reach a module attribute from any frame. So is `documents`, the documents that are
+on (`documents.py`), of which the key says the shape.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import inspect
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from .config import LighthouseConfig, check_fields
+
+if TYPE_CHECKING:
+    from .documents import Documents
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -46,6 +50,7 @@ class Stage:
 _DEFAULT = Stage(kind="default")
 _entered: list[tuple[Context, Stage]] = []  # contexts that are on, the one entered last at the end
 current = _DEFAULT
+documents: Documents | None = None
 key = str(current)
 
 
@@ -120,7 +125,14 @@ def dense() -> Context:
     return Context(Stage(kind="dense"))
 
 
+def enter_documents(entered: Documents | None) -> None:
+    """Make these the documents that are on."""
+    global documents
+    documents = entered
+    _update()
+
+
 def _update() -> None:
     global current, key
     current = _entered[-1][1] if _entered else _DEFAULT
-    key = str(current)
+    key = str(current) if documents is None else f"{current}, {documents}"

@@ -1,4 +1,4 @@
-"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, rewrite, clean up.
+"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, score, rewrite, clean up.
 
 Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
 """
@@ -20,6 +20,7 @@ from .flash_functions import find_flash_functions
 from .flex import find_flex
 from .leftovers import remove_leftovers
 from .masks import prove_masks
+from .raw_scores import score_raw
 from .repeated_heads import undo_repeated_heads
 from .rewrite import rewrite_attention
 
@@ -31,6 +32,7 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
     prove_masks,
     check_attention,
     undo_repeated_heads,
+    score_raw,
     rewrite_attention,
     remove_leftovers,
 ]

@@ -22,9 +22,9 @@ from torch import fx
 from .call import NO_GRADIENTS, AttentionCall, ScoreMask, add_calls, constant, fake
 from .elements import operation_name
 from .find import module_path, source_line
+from .layouts import shown
 from .products import Output, Scores, Unclear, View, factors, is_number, is_product, output, scores
 from .regions import regions
-from .views import shown
 from .writes import Writers, memories, written
 
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
@@ -288,7 +288,7 @@ def _mask(node: fx.Node, path: _Path, mask: Any, fill: Any, *, hides: bool, scal
     if fill is not None and (filling := fake(fill)) is not None and filling.dim():
         raise Unclear(f"{node.name} fills its scores from another tensor")
     path.mask = mask
-    path.form = ScoreMask(shape=tuple(tensor.shape), dtype=tensor.dtype, fill=fill, hides=hides)
+    path.form = ScoreMask(node=node, shape=tuple(tensor.shape), dtype=tensor.dtype, fill=fill, hides=hides)
 
 
 # --- its arguments ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .regions import Region
 CALLS = "lighthouse_calls"
 NO_GRADIENTS = "lighthouse_no_gradients"  # a Refusal: the whole graph is traced without gradients
 DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
+DOCUMENTS = "lighthouse_documents"  # a placeholder of int32 [B, N]: where each token's document begins, for every call
 LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
 TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
 MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
@@ -37,11 +38,12 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreMask:
-    """How a graph that writes attention out applies its mask to the scores, which have this shape and dtype there.
+    """How a graph that writes attention out applies its mask to the scores, at a node of this shape and dtype.
 
     `fill` is None where the mask is added. Otherwise scores become `fill` where the mask is `hides`.
     """
 
+    node: fx.Node
     shape: tuple[Any, ...]
     dtype: torch.dtype
     fill: Any = None
@@ -62,12 +64,16 @@ class AttentionCall:
     """One attention call, its arguments as nodes or constants, and what became of it.
 
     `mask` is the `attn_mask` argument. Once it is proved to be causal it is None, `is_causal` is true, and `mask_nodes` are
-    the nodes that built it, each with its region. `repeat_nodes` are those that repeated the heads of key and value.
-    `score_mask` says how `mask` is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is none,
-    `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
+    the nodes that built it, each with its region. Where it is neither proved nor disproved it is `unproved` instead, with
+    the `doubt`: configured to `assume_causal`, the call counts as causal and the graph checks that mask, else it is refused.
+    `repeat_nodes` are those that repeated the heads of key and value.
+    `score_mask` says how the mask is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is
+    none, `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
     `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
-    `documents`, where attention stays inside documents: a node of int `[B, N]`, the number of each token's document, which
-    never falls along a row.
+    `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
+    each token's document, which never falls along a row.
+    `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
+    the call's own, and `scored` says what it reads or why it is another than the configuration's, "" where nothing is special.
     `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
@@ -89,8 +95,14 @@ class AttentionCall:
     own_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     views: tuple[fx.Node, ...] = ()
     steps: Steps = ()
+    unproved: Any = None
+    doubt: Refusal | None = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     repeat_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    score_query: fx.Node | None = None
+    score_key: fx.Node | None = None
+    scorer: str = ""
+    scored: str = ""
     rewritable: bool = False
     gathered: Any = None
     refusal: Refusal | None = None

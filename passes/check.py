@@ -16,9 +16,24 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
+from ..kernels.documents import document_problem
 from ..kernels.shapes import shape_problem, tensor_problem
-from .call import CALLS, DENSE, LAYERS, NO_GRADIENTS, TRAINING, AttentionCall, Layer, constant, fake, for_each_call
+from .call import (
+    CALLS,
+    DENSE,
+    DOCUMENTS,
+    LAYERS,
+    NO_GRADIENTS,
+    TRAINING,
+    AttentionCall,
+    Layer,
+    constant,
+    fake,
+    for_each_call,
+)
+from .elements import is_one
 from .regions import regions
+from .writes import memories, target_of_write
 
 
 def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
@@ -30,11 +45,14 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     layer = gm.meta.get(LAYERS, lambda node: None)
     data = _data_behind(gm) if gm.meta[CALLS] else {}
     for_each_call(gm, lambda call: _supported(call, data))
+    for_each_call(gm, lambda call: _in_documents(call, gm.meta.get(DOCUMENTS), config))
     if (without := gm.meta.get(NO_GRADIENTS)) is None:
         for_each_call(gm, lambda call: _trains(call, trains))
     for_each_call(gm, lambda call: replace(call, rewritable=True))
     if without is None and (refusal := gm.meta.get(DENSE)):
         for_each_call(gm, lambda call: replace(call, refusal=refusal))
+    if not config.assume_causal:
+        for_each_call(gm, lambda call: replace(call, refusal=call.doubt))
     for_each_call(gm, lambda call: _exclude(call, config, layer(call.node)))
     for_each_call(gm, lambda call: _worthwhile(call, config, guard=without is None))
     if without is not None:  # last, so that it is left to calls that would be rewritten but for this
@@ -126,6 +144,9 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         return call.refuse("explicit attn_mask, not proved to be only causal", "pass is_causal=True and no attn_mask")
     if not isinstance(call.is_causal, bool) or not isinstance(call.enable_gqa, bool):
         return call.refuse("is_causal or enable_gqa is computed in the graph", "pass True or False")
+    single = [x.dim() == 4 and is_one(x.shape[1]) for x in (query, key, value)]
+    if single == [False, True, True]:  # one head of keys and values broadcasts to all queries, flag or not
+        call = replace(call, enable_gqa=True)
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=call.enable_gqa):
         return call.refuse(problem)
     asks, answers = data[call.query], data[call.key]
@@ -133,6 +154,24 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         names = (", ".join(sorted(node.name for node in side.inputs)) or "parameters alone" for side in (asks, answers))
         return call.refuse("cross-attention: its query is made of {}, its key of {}".format(*names))
     return call
+
+
+def _in_documents(call: AttentionCall, given: fx.Node | None, config: LighthouseConfig) -> AttentionCall:
+    """Whether attention can be kept inside documents, where that is asked for, by the graph or by `documents(...)`."""
+    if call.documents is None:
+        call = replace(call, documents=given)
+    if call.documents is None:
+        return call
+    query, value, numbers = fake(call.query), fake(call.value), fake(call.documents)
+    assert query is not None and value is not None and numbers is not None, "checked before"
+    reason = document_problem(query, value, config.kernel)
+    if not call.is_causal:
+        reason = "attention that is not causal is not kept inside documents"
+    elif tuple(numbers.shape) != (query.shape[0], query.shape[2]):
+        reason = f"the documents are of {list(numbers.shape)} tokens, its queries of {[query.shape[0], query.shape[2]]}"
+    elif numbers.device != query.device:
+        reason = f"the documents are on {numbers.device}, its queries on {query.device}"
+    return replace(call, documents=None).refuse(reason) if reason else call
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +188,38 @@ class _Data:
 
 
 def _data_behind(gm: fx.GraphModule) -> dict[fx.Node, _Data]:
-    """For every node of the graph and its subgraphs. Numbers, vectors and buffers carry no data."""
+    """For every node of the graph and its subgraphs. Numbers, vectors and buffers carry no data.
+
+    What is written into a tensor belongs to all that share its memory: keys may be put together in an empty tensor.
+    """
     found: dict[fx.Node, _Data] = {}
+    sharing: dict[int, list[fx.Node]] = {}
     for region in regions(gm):
         for node in region.gm.graph.nodes:
             sources: Sequence[Any] = node.all_input_nodes
             if node.op == "placeholder" and not (sources := [outer for _, outer in region.operands(node)]):
-                tensor = fake(node)
-                if tensor is None or tensor.dim() < 2 or "_buffers_" in node.name:
-                    found[node] = _Data()
-                elif isinstance(tensor, torch.nn.Parameter):
-                    found[node] = _Data(matrix=True)
-                else:
-                    found[node] = _Data(inputs=frozenset({node}))
-                continue
-            parts = [found[source] for source in sources if isinstance(source, fx.Node) and source in found]
-            inputs = frozenset[fx.Node]().union(*(part.inputs for part in parts))
-            matrix = any(part.matrix for part in parts)
-            found[node] = _Data(inputs, matrix or any(part.projected for part in parts), matrix and not inputs)
+                found[node] = _data_of_input(node)
+            else:
+                found[node] = _joined([found[s] for s in sources if isinstance(s, fx.Node) and s in found])
+            for memory in memories([node]):
+                sharing.setdefault(memory, []).append(node)
+            for memory in memories(target_of_write(node)):
+                for other in sharing.get(memory, ()):
+                    found[other] = _joined([found[other], found[node]])
     return found
+
+
+def _data_of_input(node: fx.Node) -> _Data:
+    tensor = fake(node)
+    if tensor is None or tensor.dim() < 2 or "_buffers_" in node.name:
+        return _Data()
+    return _Data(matrix=True) if isinstance(tensor, torch.nn.Parameter) else _Data(inputs=frozenset({node}))
+
+
+def _joined(parts: Sequence[_Data]) -> _Data:
+    inputs = frozenset[fx.Node]().union(*(part.inputs for part in parts))
+    matrix = any(part.matrix for part in parts)
+    return _Data(inputs, matrix or any(part.projected for part in parts), matrix and not inputs)
 
 
 def _trains(call: AttentionCall, trains: Callable[[fx.Node], bool | None]) -> AttentionCall:

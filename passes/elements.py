@@ -7,6 +7,7 @@ is `Unproven`, as is every element that its node's dtype does not hold exactly.
 
 from __future__ import annotations
 
+import builtins
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,15 @@ from .regions import Region
 from .symbolic import Affine, Element, Unproven, element, in_dtype
 
 Coordinates = tuple[Affine, ...]
+Held = Callable[[Any, fx.Node], Any]  # a tensor and who reads it -> the node that made what the tensor holds there
 ORIGIN = Affine()
 REST = "*"  # further positional arguments, such as sizes, which show in the result's shape and dtype
 _SHOWN_IN_THE_RESULT = frozenset({"size", "shape", "dim", "dtype", "device", "layout"})
 _COMPARISONS = frozenset({"__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"})  # so named before torch 2.13
+# What is surely False before these is False after them, whatever else is not known.
+_KEEPING_FALSE = frozenset(
+    {"and_", "bitwise_and", "__and__", "iand", "to", "bool", "contiguous", "clone", "expand", "expand_as", "unsqueeze", "view"}
+)
 _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "non_blocking", "copy"})
 
 
@@ -36,26 +42,34 @@ class Elements:
         self,
         operations: Mapping[str, Operation],
         sizes: Mapping[str, int],
+        held: Held,
         given: Mapping[fx.Node, Element] | None = None,
     ) -> None:
         self._operations = operations
+        self._held = held
         self._sizes = sizes  # of the coordinates
         self._given = given or {}  # inputs whose elements are known, such as the positions that a mask_mod is called with
-        self._known: dict[tuple[fx.Node, Coordinates], Element] = {}
+        self._known: dict[tuple[fx.Node, Coordinates], Element | Unproven] = {}
         self.visited: dict[fx.Node, Region] = {}
 
-    def at(self, node: Any, region: Region, coordinates: Coordinates) -> Element:
-        """One element of a node's value. A Python number is its own element."""
-        tensor = fake(node)
+    def at(self, node: Any, region: Region, coordinates: Coordinates, reader: fx.Node) -> Element:
+        """One element of a node's value, as `reader` reads it. A Python number is its own element."""
+        tensor, node = fake(node), self._held(node, reader)
         if tensor is None:
             return element(constant(node))
         if is_traceable_wrapper_subclass(tensor):  # has memory of its own that its views do not seem to share
             raise Unproven(f"{node.name} is a {type(tensor).__name__}")
         self.visited[node] = region
         if (node, coordinates) not in self._known:
-            found = self._evaluated(node, region, coordinates)
-            self._known[node, coordinates] = self.in_dtype(found, tensor.dtype)
-        return self._known[node, coordinates]
+            found: Element | Unproven
+            try:
+                found = self.in_dtype(self._evaluated(node, region, coordinates), tensor.dtype)
+            except Unproven as why:
+                found = why if node.op == "placeholder" or overload(node) in _KEEPING_FALSE else Unproven(str(why))
+            self._known[node, coordinates] = found
+        if isinstance(known := self._known[node, coordinates], Unproven):
+            raise known
+        return known
 
     def in_dtype(self, value: Element, dtype: torch.dtype) -> Element:
         """An element converted to a dtype, where that is exact."""
@@ -72,7 +86,10 @@ class Elements:
         return handler(Wanted(self, node, region, coordinates, _bound(node, parameters)))
 
     def _operand(self, node: fx.Node, region: Region, coordinates: Coordinates) -> Element:
-        found = [self.at(operand, outer, coordinates) for outer, operand in region.operands(node)]
+        found = [
+            self.at(operand, outer, coordinates, caller.node)
+            for caller, (outer, operand) in zip(region.callers, region.operands(node), strict=True)
+        ]
         if not found:
             raise Unproven(f"it depends on the input {node.name}")
         if any(other != found[0] for other in found):
@@ -92,7 +109,7 @@ class Wanted:
 
     def input_at(self, coordinates: Coordinates, name: str = "input") -> Element:
         """An element of an argument."""
-        return self.elements.at(self.arguments[name], self.region, coordinates)
+        return self.elements.at(self.arguments[name], self.region, coordinates, self.node)
 
     def operand(self, value: Any) -> Element:
         """The element of a value that broadcasts against the result."""
@@ -100,7 +117,7 @@ class Wanted:
         sizes = tensor.shape if tensor is not None else ()
         aligned = self.coordinates[len(self.coordinates) - len(sizes) :]
         places = tuple(ORIGIN if is_one(size) else c for c, size in zip(aligned, sizes, strict=True))
-        return self.elements.at(value, self.region, places)
+        return self.elements.at(value, self.region, places, self.node)
 
     def number(self, name: str, default: int) -> int:
         """An argument that must be a known integer."""
@@ -119,6 +136,8 @@ def operation_name(node: fx.Node) -> str:
     """The operation's name, where it is PyTorch's own."""
     if node.op == "call_method":
         return str(node.target)
+    if node.target is builtins.getattr:
+        return f".{node.args[1]}"
     name = getattr(node.target, "__name__", "")
     homes = (operator, torch, F, torch.Tensor)
     if not any(getattr(home, name, None) is node.target for home in homes):

@@ -25,9 +25,9 @@ from torch import fx
 from .call import AttentionCall, Steps, add_calls, constant, fake
 from .elements import operation_name
 from .find import module_path, source_line
+from .layouts import only_output, shown
 from .products import Unclear, is_number
 from .regions import Region, regions
-from .views import only_output, shown
 
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _TURN: Steps = (("transpose", (1, 2)),)  # [B, N, H, D] <-> [B, H, N, D]

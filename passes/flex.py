@@ -14,7 +14,6 @@ block of everything. Lists that are inputs of the graph may hold anything, and t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,15 +24,15 @@ from torch import fx
 from .call import AttentionCall, add_calls, fake
 from .elements import ORIGIN, Elements, operation_name
 from .find import module_path, source_line
+from .layouts import only_output
 from .operations import OPERATIONS, is_interpreted
 from .products import Unclear, is_number
 from .regions import Region, regions
 from .symbolic import EVERY, Diagonals, Unproven, as_cases, coordinate
-from .views import only_output
+from .writes import writes_in_place
 
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _CAUSAL = Diagonals(((0, float("inf")),))
-_IN_PLACE = re.compile(r"[a-z]_$")  # methods such as masked_fill_; functions are not spelled by their names alone
 _LONGEST = 2**31 - 1  # positions are int32
 _ALL = 1 << 30  # the size of a block that no sequence exceeds, as flex_attention itself takes it
 
@@ -121,9 +120,9 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
         node: coordinate(name) for node, name in zip((batch, head, row, column), ("b", "h", "i", "j"), strict=True)
     }
     sizes = {"b": _LONGEST, "h": _LONGEST, "i": rows, "j": columns}
-    elements = Elements(OPERATIONS, sizes, positions)
+    elements = Elements(OPERATIONS, sizes, _as_made, positions)
     for node in body.graph.nodes:
-        if node.op not in ("placeholder", "output") and (not is_interpreted(node) or _IN_PLACE.search(str(node.target))):
+        if node.op not in ("placeholder", "output") and (not is_interpreted(node) or writes_in_place(node)):
             raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: it depends on {node.name}")
     seen, documents = EVERY, None
     for condition in _conditions(_result(body)):
@@ -133,7 +132,7 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
             documents = outer[numbers]
             continue
         try:
-            seen = seen & as_cases(elements.at(condition, Region(gm=body), ())).where(bool)
+            seen = seen & as_cases(elements.at(condition, Region(gm=body), (), condition)).where(bool)
         except Unproven as why:
             raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: {why}") from why
     if seen not in (EVERY, _CAUSAL):
@@ -142,6 +141,11 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
             raise Unclear(f"sliding window: flex_attention's mask_mod shows each token the last {high + 1:.0f} only")
         raise Unclear("flex_attention's mask_mod is neither causal nor full")
     return _Masked(causal=seen == _CAUSAL, documents=documents)
+
+
+def _as_made(node: Any, reader: fx.Node) -> Any:
+    """What a tensor holds where nothing is written in place, which is checked elsewhere."""
+    return node
 
 
 def _conditions(node: Any) -> list[Any]:
@@ -178,8 +182,8 @@ def _check_blocks(block_mask: Any, region: Region) -> None:
             tensor = fake(node)
             if tensor is None or tensor.numel() != 1:
                 raise Unproven("its lists of blocks are made elsewhere")
-            elements = Elements(OPERATIONS, {})
-            found = as_cases(elements.at(node, region, (ORIGIN,) * tensor.dim()))
+            elements = Elements(OPERATIONS, {}, _as_made)
+            found = as_cases(elements.at(node, region, (ORIGIN,) * tensor.dim(), node))
             if [value for _, value in found.parts] != [expected]:
                 raise Unproven("its lists of blocks are not those of all keys")
             if set(elements.visited) != {node} or not _only_read(node):

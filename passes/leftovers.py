@@ -17,7 +17,9 @@ from typing import Any
 from torch import fx
 
 from .call import CALLS
+from .in_place import root_of
 from .regions import Region
+from .writes import writes_in_place
 
 
 def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
@@ -31,7 +33,7 @@ def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, confi
             candidates |= dict(call.mask_nodes) | dict(call.repeat_nodes) | dict(call.own_nodes)
         candidates |= dict.fromkeys(call.views, call.region)
     touched = set()
-    while dead := [node for node in candidates if not node.users and _removable(node, candidates[node])]:
+    while dead := [node for node in candidates if not node.users and _removable(node, candidates)]:
         for node in dead:
             region = candidates.pop(node)
             touched |= {region.gm, *(caller.region.gm for caller in region.callers)}
@@ -44,8 +46,22 @@ def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, confi
     return gm
 
 
-def _removable(node: fx.Node, region: Region) -> bool:
-    return node.op != "placeholder" or bool(region.callers)
+def _removable(node: fx.Node, candidates: dict[fx.Node, Region]) -> bool:
+    if node.op == "placeholder":
+        return bool(candidates[node].callers)
+    return not writes_in_place(node) or _nobody_reads(root_of(node), candidates)
+
+
+def _nobody_reads(tensor: fx.Node, candidates: dict[fx.Node, Region]) -> bool:
+    """Whether all that is made of a tensor is to be removed, too. What is written to it is seen by whatever else reads it."""
+    seen, to_see = {tensor}, [tensor]
+    while to_see:
+        users = to_see.pop().users.keys() - seen
+        if not users <= candidates.keys():
+            return False
+        seen |= users
+        to_see += users
+    return True
 
 
 def _drop_operand(placeholder: fx.Node, region: Region) -> None:

@@ -1,6 +1,5 @@
 """What PyTorch's operations do to the elements of tensors, as far as masks are built from them.
 
-    mask.transpose(0, 1)     its element (a, b) is the element (b, a) of mask
     positions >= 3           its element is positions' own, compared with 3
 
 `OPERATIONS` has a handler for each, and the names of its positional arguments.
@@ -8,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,24 @@ import torch
 from torch import fx
 
 from .call import constant, fake
-from .elements import ORIGIN, REST, Coordinates, Handler, Operation, Wanted, integer, is_one, overload
-from .symbolic import Affine, Element, Unproven, apply, as_affine, compare, element
+from .elements import ORIGIN, REST, Handler, Operation, Wanted, is_one, overload
+from .symbolic import NOWHERE, Affine, Cases, Element, Unproven, apply, as_affine, compare, element
+from .views import (
+    expanded,
+    index_selected,
+    item,
+    joined,
+    last_two_swapped,
+    matrix_transposed,
+    narrowed,
+    permuted,
+    repeated,
+    reshaped,
+    selected,
+    tensor_of,
+    transposed,
+    view,
+)
 
 
 def is_interpreted(node: fx.Node) -> bool:
@@ -26,15 +42,8 @@ def is_interpreted(node: fx.Node) -> bool:
 
 
 def is_fresh(node: fx.Node) -> bool:
-    """Whether a node makes a new tensor from constants, so that nothing else can share its memory."""
-    return overload(node) in _CREATORS
-
-
-def _tensor(node: Any) -> torch.Tensor:
-    tensor = fake(node)
-    if tensor is None:
-        raise Unproven(f"it depends on {node}")
-    return tensor
+    """Whether a node makes a new tensor, whose memory nothing that came before shares."""
+    return overload(node) in _ALLOCATING
 
 
 # --- tensors made from constants --------------------------------------------------------------------------------------
@@ -47,6 +56,22 @@ def _arange(wanted: Wanted) -> Element:
 
 def _filled(name: str) -> Handler:
     return lambda wanted: wanted.operand(wanted.arguments[name])
+
+
+def _unwritten(wanted: Wanted) -> Element:
+    raise Unproven("it depends on memory that nothing was written to")
+
+
+def _overwritten(value: Handler) -> Handler:
+    """A tensor filled anew, whatever it held before."""
+
+    def handler(wanted: Wanted) -> Element:
+        base = wanted.arguments["input"]
+        if isinstance(base, fx.Node) and is_fresh(base):
+            wanted.elements.visited[base] = wanted.region
+        return value(wanted)
+
+    return handler
 
 
 def _same_everywhere(value: int) -> Handler:
@@ -100,6 +125,23 @@ def _each(function: Callable[[Any, Any], Any]) -> Operation:
     return _binary(lambda a, b: apply(function, a, b))
 
 
+def _and(wanted: Wanted) -> Element:
+    """Both. Where one is False the other does not matter, so a sliding window is none less for a padding mask beside it."""
+    handler, names = _each(operator.and_)
+    false, doubts = NOWHERE, []
+    for name in names:
+        try:
+            value = wanted.operand(wanted.arguments[name])
+        except Unproven as doubt:
+            doubts.append(doubt)
+            false = false | doubt.false
+        else:
+            false = false | (value.where(lambda x: x is False) if isinstance(value, Cases) else NOWHERE)
+    if doubts:
+        raise Unproven(str(doubts[0]), false)
+    return handler(wanted)
+
+
 def _relation(name: str) -> Operation:
     return _binary(lambda a, b: compare(name, a, b))
 
@@ -109,7 +151,7 @@ def _where(condition: str, yes: str, no: str) -> Handler:
 
     def handler(wanted: Wanted) -> Element:
         chosen, *values = (wanted.operand(wanted.arguments[name]) for name in (condition, yes, no))
-        values = [wanted.elements.in_dtype(value, _tensor(wanted.node).dtype) for value in values]
+        values = [wanted.elements.in_dtype(value, tensor_of(wanted.node).dtype) for value in values]
         return _choice(chosen, *values)
 
     return handler
@@ -119,86 +161,20 @@ def _choice(condition: Element, yes: Element, no: Element) -> Element:
     return apply(lambda c, a, b: a if c else b, condition, yes, no)
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
+def _assigned(wanted: Wanted) -> Element:
+    """`x[condition] = value` with a boolean of x's shape. What else is assigned to is not followed."""
+    tensor, index, value = (fake(wanted.arguments[name]) for name in ("input", "index", "value"))
+    by_mask = tensor is not None and index is not None and index.dtype == torch.bool and index.dim() == tensor.dim()
+    if tensor is None or not by_mask or (value is not None and value.dim()):
+        raise Unproven(f"it may be changed in place, by {wanted.node.name}")
+    condition, given = (wanted.operand(wanted.arguments[name]) for name in ("index", "value"))
+    return _choice(condition, wanted.elements.in_dtype(given, tensor.dtype), _same(wanted))
 
 
-def _view(source: Callable[[Wanted], Coordinates]) -> Handler:
-    """An operation that only moves elements: `source` says which element of its input is the one wanted."""
-
-    def handler(wanted: Wanted) -> Element:
-        if _tensor(wanted.arguments["input"]).dtype != _tensor(wanted.node).dtype:
-            raise Unproven(f"its bits are read as {_tensor(wanted.node).dtype}")
-        return wanted.input_at(source(wanted))
-
-    return handler
-
-
-def _expanded(wanted: Wanted) -> Element:
-    return wanted.operand(wanted.arguments["input"])
-
-
-def _reshaped(wanted: Wanted) -> Coordinates:
-    """Views that only add or drop dimensions of size one."""
-    before, after = _tensor(wanted.arguments["input"]).shape, _tensor(wanted.node).shape
-    kept = [(size, c) for size, c in zip(after, wanted.coordinates, strict=True) if not is_one(size)]
-    if [size for size, _ in kept] != [size for size in before if not is_one(size)]:
-        raise Unproven(f"it is reshaped from {list(before)} to {list(after)}")
-    rest = iter(kept)
-    return tuple(ORIGIN if is_one(size) else next(rest)[1] for size in before)
-
-
-def _transposed(first: str, second: str) -> Operation:
-    def source(wanted: Wanted) -> Coordinates:
-        a, b = wanted.dimension(first, 0), wanted.dimension(second, 0)
-        swapped = list(wanted.coordinates)
-        swapped[a], swapped[b] = swapped[b], swapped[a]
-        return tuple(swapped)
-
-    return _view(source), ("input", first, second)
-
-
-def _indexed(wanted: Wanted) -> Coordinates:
-    index = wanted.arguments["index"]
-    items = list(index) if isinstance(index, tuple) else [index]
-    sizes = _tensor(wanted.arguments["input"]).shape
-    if any(fake(item) is not None for item in items):
-        return _indexed_by_tensors(wanted, items)
-    if Ellipsis in items:
-        place = items.index(Ellipsis)
-        missing = len(sizes) - sum(item is not None and item is not Ellipsis for item in items)
-        items[place : place + 1] = [slice(None)] * missing
-    items += [slice(None)] * (len(sizes) - sum(item is not None for item in items))
-    incoming, source = iter(wanted.coordinates), []
-    remaining = iter(sizes)
-    for item in items:
-        if item is None:
-            next(incoming)
-        elif isinstance(item, slice):
-            source.append(_sliced(next(incoming), item, next(remaining)))
-        else:
-            number, size = integer(constant(item)), next(remaining)
-            source.append(Affine(constant=number if number >= 0 else integer(size) + number))
-    return tuple(source)
-
-
-def _sliced(c: Affine, item: slice, size: Any) -> Affine:
-    start, step = (constant(x) for x in (item.start, item.step))
-    start, step = integer(0 if start is None else start), integer(1 if step is None else step)
-    if start < 0:
-        start = max(0, integer(size) + start)
-    return c * step + Affine(constant=start)
-
-
-def _indexed_by_tensors(wanted: Wanted, items: list[Any]) -> Coordinates:
-    """`x[a, b]` with an index tensor for every dimension of x."""
-    if len(items) != len(_tensor(wanted.arguments["input"]).shape) or any(fake(item) is None for item in items):
-        raise Unproven("it is indexed by tensors and slices together")
-    source = [as_affine(wanted.operand(item)) for item in items]
-    # bool and uint8 tensors are masks, and a negative index counts from the end.
-    indices = all(_tensor(item).dtype in (torch.int32, torch.int64) for item in items)
-    if not indices or not all(place.is_natural for place in source):
-        raise Unproven("an index in it is not a plain range of positions")
-    return tuple(source)
+def _logarithm(x: float) -> float:
+    if x not in (0, 1):
+        raise Unproven("it is built by a logarithm")
+    return 0.0 if x == 1 else -math.inf
 
 
 # --- along a dimension ------------------------------------------------------------------------------------------------
@@ -231,12 +207,12 @@ def _diff(wanted: Wanted) -> Element:
 
     def along(name: str, place: Affine) -> Affine:
         coordinates = (*wanted.coordinates[:dim], place, *wanted.coordinates[dim + 1 :])
-        return as_affine(wanted.elements.in_dtype(wanted.input_at(coordinates, name), _tensor(wanted.node).dtype))
+        return as_affine(wanted.elements.in_dtype(wanted.input_at(coordinates, name), tensor_of(wanted.node).dtype))
 
     prepend = wanted.arguments.get("prepend")
     if prepend is None:
         return along("input", here + one) - along("input", here)
-    if not is_one(_tensor(prepend).shape[dim]):
+    if not is_one(tensor_of(prepend).shape[dim]):
         raise Unproven("it is built by diff with more than one element prepended")
     later = along("input", here) - along("input", here - one)
     first = along("input", ORIGIN) - along("prepend", ORIGIN)
@@ -253,15 +229,28 @@ _CREATORS: dict[str, Operation] = {
     "new_full": (_filled("fill_value"), ("input", "size", "fill_value")),
     "tensor": (_filled("data"), ("data",)), "new_tensor": (_filled("data"), ("input", "data")),
     "scalar_tensor": (_filled("s"), ("s",)),
+    **dict.fromkeys(("empty", "new_empty", "empty_like"), (_unwritten, ("input", REST))),
+}  # fmt: skip
+
+# These, too, always return memory of their own. `to` and its like do not, where there is nothing to convert.
+_ALLOCATING = _CREATORS.keys() | {
+    "add", "sub", "mul", "rsub", "neg", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor", "invert", "bitwise_and",
+    "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "where", "Tensor.where", "masked_fill", "clone",
+    "tril", "triu", "cumsum", "repeat",
 }  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = _CREATORS | {
-    "add": _binary(_add), "sub": _binary(_sub), "mul": _binary(_mul),
+    **dict.fromkeys(("add", "add_", "iadd"), _binary(_add)),
+    **dict.fromkeys(("sub", "sub_", "isub", "subtract"), _binary(_sub)),
+    **dict.fromkeys(("mul", "mul_", "imul", "multiply"), _binary(_mul)),
     "rsub": _binary(lambda a, b: _sub(b, a)),
-    "neg": _unary(lambda a: _mul(a, Affine(constant=-1))),
+    **dict.fromkeys(("neg", "negative"), _unary(lambda a: _mul(a, Affine(constant=-1)))),
     **{name: _relation(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    **dict.fromkeys(("and_", "bitwise_and", "__and__"), _each(operator.and_)),
-    **dict.fromkeys(("or_", "bitwise_or", "__or__"), _each(operator.or_)),
+    "less": _relation("lt"), "less_equal": _relation("le"), "not_equal": _relation("ne"),
+    "greater": _relation("gt"), "greater_equal": _relation("ge"),
+    **dict.fromkeys(("and_", "bitwise_and", "__and__", "iand"), (_and, ("input", "other"))),
+    **dict.fromkeys(("or_", "bitwise_or", "__or__", "ior"), _each(operator.or_)),
+    "log": _unary(lambda a: apply(_logarithm, a)), "isinf": _unary(lambda a: apply(math.isinf, a)),
     **dict.fromkeys(("xor", "bitwise_xor"), _each(operator.xor)),
     "logical_and": _each(lambda a, b: bool(a) and bool(b)),
     "logical_or": _each(lambda a, b: bool(a) or bool(b)),
@@ -275,15 +264,29 @@ OPERATIONS: dict[str, Operation] = _CREATORS | {
     "Tensor.where": (_where("condition", "input", "other"), ("input", "condition", "other")),
     **dict.fromkeys(("masked_fill", "masked_fill_"), (_where("mask", "value", "input"), ("input", "mask", "value"))),
     **dict.fromkeys(
-        ("to", "type", "type_as", "bool", "int", "long", "float", "double", "half", "bfloat16", "contiguous", "clone",
+        ("to", "type", "type_as", "bool", "byte", "int", "long", "float", "double", "half", "bfloat16", "contiguous", "clone",
          "detach", "alias"),
         (_same, ("input", REST)),
     ),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), (_expanded, ("input", REST))),
-    **dict.fromkeys(("unsqueeze", "squeeze", "view", "reshape"), (_view(_reshaped), ("input", REST))),
-    "transpose": _transposed("dim0", "dim1"), "swapdims": _transposed("dim0", "dim1"),
-    "swapaxes": _transposed("axis0", "axis1"),
-    "getitem": (_view(_indexed), ("input", "index")),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), (expanded, ("input", REST))),
+    **dict.fromkeys(
+        ("unsqueeze", "squeeze", "view", "reshape", "view_as", "reshape_as"), (view(reshaped), ("input", REST))
+    ),
+    "repeat": (repeated, ("input", REST)),
+    **dict.fromkeys(("t", ".T"), (view(matrix_transposed), ("input", REST))),
+    ".mT": (view(last_two_swapped), ("input", REST)),
+    "permute": (view(permuted), ("input", "dims", REST)),
+    "narrow": (view(narrowed), ("input", "dim", "start", REST)),
+    "select": (view(selected), ("input", "dim", "index")),
+    "index_select": (index_selected, ("input", "dim", "index")),
+    **dict.fromkeys(("cat", "concat"), (joined(0), ("tensors", "dim"))), "hstack": (joined(1), ("tensors",)),
+    "transpose": transposed("dim0", "dim1"), "swapdims": transposed("dim0", "dim1"),
+    "swapaxes": transposed("axis0", "axis1"),
+    "getitem": (item, ("input", "index")),
+    "setitem": (_assigned, ("input", "index", "value")),
+    "fill_": (_overwritten(_filled("value")), ("input", "value")),
+    "zero_": (_overwritten(_same_everywhere(0)), ("input",)),
+    "copy_": (_overwritten(_filled("src")), ("input", "src", REST)),
     **dict.fromkeys(("tril", "tril_"), (_triangle("le"), ("input", "diagonal"))),
     **dict.fromkeys(("triu", "triu_"), (_triangle("ge"), ("input", "diagonal"))),
     "cumsum": (_cumsum, ("input", "dim", REST)),

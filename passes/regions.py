@@ -25,6 +25,8 @@ _TRANSPARENT = {
     "inductor_compiled_code": 0,
 }
 
+_STANDS_FOR = "lighthouse_stands_for"
+
 
 @dataclass(frozen=True, eq=False)
 class Caller:
@@ -48,6 +50,26 @@ class Region:
         """What a placeholder of this region stands for, at each caller. Empty for an input of the whole graph."""
         index = list(self.gm.graph.find_nodes(op="placeholder")).index(placeholder)
         return [(caller.region, caller.node.args[caller.first_operand + index]) for caller in self.callers]
+
+
+def brought(node: fx.Node, region: Region) -> fx.Node:
+    """A node of the outermost graph, as a region sees it: itself, or a new placeholder that every caller passes it to."""
+    if not region.callers:
+        return node
+    graph = region.gm.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    known: fx.Node | None = next((x for x in placeholders if x.meta.get(_STANDS_FOR) is node), None)
+    if known is not None:
+        return known
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
+        inner: fx.Node = graph.placeholder(node.name)
+    inner.meta = {**node.meta, _STANDS_FOR: node}
+    for caller in region.callers:
+        operands = caller.node.args[: caller.first_operand + len(placeholders)]
+        rest = caller.node.args[len(operands) :]
+        caller.node.args = (*operands, brought(node, caller.region), *rest)
+        caller.region.gm.recompile()
+    return inner
 
 
 def regions(gm: fx.GraphModule) -> list[Region]:

@@ -11,13 +11,22 @@ After:
     inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
+`select` reads what the scorer is to read, which for the `norm` scorer may be q and k before a norm (`raw_scores.py`).
+
+Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/causal_mask.py`):
+    check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
+where the mask is applied, which in attention by hand is before its output.
+
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
+Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
+each token's document begins.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +36,12 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
-from ..kernels.inner import has_choice
+from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
-from .call import CALLS, AttentionCall, fake
+from .call import CALLS, DOCUMENTS, AttentionCall, fake
 from .check import pyramid_of
 from .find import is_attention
+from .regions import Region, brought
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _OPS = torch.ops.lighthouse_fx
@@ -41,12 +51,14 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
     """Replace each accepted call by select, three gathers, `scaled_dot_product_attention` on S entries, and scatter."""
     changed = []
-    if config.scorer == "gla" and any(call.refusal is None and _on_gpu(call) for call in gm.meta[CALLS]):
+    if any(call.refusal is None and call.scorer == "gla" and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
+    if any(call.refusal is None for call in gm.meta[CALLS]):
+        require_package(config.kernel)
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.refusal is None:
-            _rewrite(call, config, index)
+            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -59,7 +71,26 @@ def _on_gpu(call: AttentionCall) -> bool:
     return out is not None and out.device.type == "cuda"
 
 
-def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
+def _mask_users(call: AttentionCall, calls: Sequence[AttentionCall]) -> str:
+    """The calls whose mask is this call's, by the first. Equal for all of them: equal checks become one when compiled."""
+    if call.unproved is None:
+        return ""
+    mask = _origin(call.unproved, call.region)
+    users = [other for other in calls if other.unproved is not None and _origin(other.unproved, other.region) is mask]
+    name = f"{users[0].module or 'an attention call'} ({Path(users[0].source).name})"
+    return name if len(users) == 1 else f"{name} and {len(users) - 1} more"
+
+
+def _origin(node: Any, region: Region) -> Any:
+    """What a subgraph's input is outside of it, where only one place calls the subgraph."""
+    while node.op == "placeholder" and len(operands := region.operands(node)) == 1:
+        ((region, node),) = operands
+    return node
+
+
+def _rewrite(
+    call: AttentionCall, config: LighthouseConfig, index: int, mask_users: str, documents: fx.Node | None
+) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
@@ -82,7 +113,7 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
 
     levels, pooling = config.levels, config.pooling
     # The scale matters to a scorer that attends; elsewhere it would only tie the selection to a traced number.
-    scale = call.scale if config.scorer != "norm" else None
+    scale = call.scale if call.scorer != "norm" else None
     with graph.inserting_before(node):
         length = pyramid.length
         if isinstance(length, torch.SymInt):
@@ -91,13 +122,28 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
             empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
             empty(k, batch, groups, pyramid.size, dtype=torch.int32),
         )
+        starts: tuple[fx.Node, ...] = ()
+        if call.documents is not None and call.documents is documents:
+            starts = (brought(documents, call.region),)
+        elif call.documents is not None:
+            fakes[call.documents] = call.documents.meta["example_value"]
+            like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
+            starts = (function(_OPS.document_starts.default, call.documents, value=like),)
         selection = function(
             _OPS.select.default,
-            q, k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
-            config.scorer, config.dilation, call.is_causal, scale, REVISION,
+            call.score_query or q, call.score_key or k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
+            call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
             value=index_tensors,
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
+        if call.unproved is not None:
+            zero, form = empty(k, dtype=torch.int32), call.score_mask
+            with graph.inserting_before(form.node if form else node):  # later, something else may have been written to it
+                mask = call.unproved
+                if form and form.fill is not None and form.hides:
+                    mask = function(torch.logical_not, mask, value=torch.logical_not(mask.meta["example_value"]))
+                check = function(_OPS.check_causal.default, mask, mask_users, REVISION, value=zero)
+            entries = function(operator.add, entries, check, value=index_tensors[0])
         gathered = [
             function(
                 _OPS.gather.default,
@@ -108,18 +154,26 @@ def _rewrite(call: AttentionCall, config: LighthouseConfig, index: int) -> None:
         ]  # fmt: skip
         out = fakes[node] if is_attention(node) else empty(node, *fakes[q].shape[:3], fakes[v].shape[3])
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
-        if not has_choice(out.device, config.kernel):
+        if starts:
+            inner = function(
+                _OPS.attention_in_documents.default,
+                *gathered, entries, *starts, levels, pooling, call.dropout_p, call.scale, call.enable_gqa,
+                config.max_documents, config.kernel,
+                value=attended,
+            )  # fmt: skip
+        elif not has_choice(out.device, config.kernel):
             target = node.target if is_attention(node) else F.scaled_dot_product_attention
             inner = function(target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(
                 _OPS.attention.default,
-                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa, config.kernel,
+                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
+                resolved(out.device, config.kernel),
                 value=attended,
             )  # fmt: skip
         result = function(
             _OPS.scatter.default,
-            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION,
+            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
             value=out,
         )  # fmt: skip
         for method, arguments in call.steps:

@@ -27,10 +27,6 @@ _Band = tuple[float, float]
 _EXACT_POSITIONS = {torch.int32: 2**31, torch.int64: 2**63, torch.float32: 2**24, torch.float64: 2**53}
 
 
-class Unproven(Exception):
-    """The value cannot be told from the graph alone; the message says why."""
-
-
 @dataclass(frozen=True, slots=True)
 class Diagonals:
     """A set of diagonals `d = i - j`: sorted, disjoint bands `lowest <= d <= highest`."""
@@ -54,6 +50,14 @@ class Diagonals:
 
 EVERY = Diagonals(((-math.inf, math.inf),))
 NOWHERE = Diagonals(())
+
+
+class Unproven(Exception):
+    """The value cannot be told from the graph alone; the message says why. On the diagonals `false` it is surely False."""
+
+    def __init__(self, why: str, false: Diagonals = NOWHERE) -> None:
+        super().__init__(why)
+        self.false = false
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,20 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
     return node.args[:1] if _writes_to_its_first_argument_only(node) else node.all_input_nodes
 
 
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a node is an in-place operation of PyTorch, such as `triu_`, `*=` or `x[mask] = 0`, known to OPERATIONS."""
+    name = operation_name(node)
+    named = name.endswith("_") and not name.endswith("__") and node.target not in _PURE_OPERATORS  # operator.and_ is pure
+    return (node.target in _IN_PLACE_OPERATORS or named) and is_interpreted(node)
+
+
 def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
         return False
-    if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_METHODS:
+    if node.target in _IN_PLACE_OPERATORS:
+        return False
+    if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_NAMES:
         return True
     if is_interpreted(node) and not name.endswith("_"):
         return True
@@ -68,7 +77,7 @@ def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
     written = [
         [argument.alias_info and argument.alias_info.is_write for argument in s.arguments] for s in _schemas(node)
     ]
-    return bool(written) and all(first and not any(others) for first, *others in written)
+    return bool(written) and all(flags and flags[0] and not any(flags[1:]) for flags in written)
 
 
 def _given(node: fx.Node) -> dict[str, Any]:
@@ -94,6 +103,16 @@ def _keeps_statistics(schema: torch.FunctionSchema) -> bool:
     return any(argument.name == "running_mean" for argument in schema.arguments)
 
 
+def target_of_write(node: fx.Node) -> Sequence[Any]:
+    """The argument that an operation writes all its other arguments into, where it is known to do that."""
+    if node.op not in ("call_function", "call_method"):
+        return ()
+    try:
+        return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return ()
+
+
 def memories(values: Iterable[Any]) -> Iterator[int]:
     """The memory of every tensor that these nodes, or lists of nodes, stand for."""
     for node in pytree.tree_leaves(list(values)):
@@ -106,7 +125,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(x, torch.Tensor)]
 
 
-_PURE_METHODS = frozenset({"cpu", "cuda"})  # besides those that have a schema
+_PURE_NAMES = frozenset({"cpu", "cuda", "normalize"})  # besides those that have a schema
 _PURE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     getattr(operator, name)
     for name in (

@@ -54,6 +54,8 @@ def main():
         for is_causal in (True, False):
             triton_kernels.scatter(rows, slots, pyramid, is_causal=is_causal)
             triton_kernels.scatter_backward(tokens, entries, pyramid, is_causal=is_causal)
+    for dtype in (torch.bool, torch.bfloat16, torch.float32, torch.float64):
+        triton_kernels.is_causal_mask(torch.zeros(1, 1, 256, 256, dtype=dtype))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ def main():
         for is_causal in (True, False):
             kernels.scatter(rows, slots, pyramid, is_causal=is_causal)
             kernels.scatter_backward(tokens, entries, pyramid, is_causal=is_causal)
+        assert not kernels.is_causal_mask(torch.randn(2, 3, length, length, dtype=dtype))
+        assert kernels.is_causal_mask(torch.ones(length, length, dtype=torch.bool).tril())
         torch.cuda.synchronize()
         print(length, levels, pooling, "done", flush=True)
 

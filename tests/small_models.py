@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lighthouse_fx import LighthouseConfig, journal
 from lighthouse_fx.backend import rewrite, split_options
+from lighthouse_fx.documents import supplied
 from lighthouse_fx.running import noted
 
 FIELDS = {"levels": 3, "pooling": 2, "topk": 8}
@@ -81,9 +82,10 @@ def inputs(batch=2, tokens=TOKENS, dtype=torch.float32):
 
 def passes_only(gm, example_inputs, *, options=None):
     """The backend without Inductor: guards, passes and records, then the rewritten graph as it stands. Fast to compile."""
-    report, gm = rewrite(gm, example_inputs, split_options(options or {})[0])
+    config = split_options(options or {})[0]
+    report, gm = rewrite(gm, example_inputs, config)
     journal.add(report)
-    return noted(gm, report.calls)
+    return noted(supplied(gm, gm, config), report.calls)
 
 
 def gradients(model, x):

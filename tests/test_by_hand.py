@@ -271,7 +271,7 @@ def written_into_the_mask(q, k, v):
 
 
 OTHER = {
-    "a boolean mask is added": (lambda q, k, v: (scores(q, k) + seen()).softmax(-1) @ v, "torch.bool are added"),
+    "a boolean mask is added": (lambda q, k, v: (scores(q, k) + seen()).softmax(-1) @ v, "a bias other than 0 and -inf"),
     "a mask upside down": (lambda q, k, v: scores(q, k).masked_fill(seen(), NEVER).softmax(-1) @ v, "neither causal"),
     "one token too many": (
         lambda q, k, v: scores(q, k).masked_fill(~torch.ones(N, N, dtype=torch.bool).tril(1), NEVER).softmax(-1) @ v,

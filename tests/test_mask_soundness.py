@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import FIELDS, passes_only
 from test_masks import attend, by_arange
 from test_passes import only_call, targets
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.kernels import reference
 from lighthouse_fx.passes import writes
 from lighthouse_fx.passes.operations import OPERATIONS
 
@@ -59,6 +63,37 @@ def read_again(through_a_view):
     return strict.bool() | (ones.bool() & by_arange(N))
 
 
+def in_order(*steps):
+    mask = torch.full((N, N), -math.inf).triu_(1)
+    for step in steps:
+        step(mask)
+    return mask
+
+
+def view_before_a_write():
+    """The view shows what is written after it was made."""
+    mask = lower(torch.bool)
+    view = mask[None, None]
+    mask.fill_(True)
+    return view & True
+
+
+def read_before_a_write():
+    """The copy does not."""
+    mask = torch.ones(N, N, dtype=torch.bool)
+    copy = mask.clone()
+    mask.tril_()
+    return copy & mask.tril(-1)
+
+
+def conjunction_before_a_write():
+    """Nor does what was computed from it."""
+    window = torch.ones(N, N, dtype=torch.bool).triu(-3)
+    both = window & lower(torch.bool)
+    window.copy_(lower(torch.bool))
+    return both
+
+
 def first_differs():
     """1 between all neighbours, except before the first position."""
     i = positions()
@@ -94,7 +129,26 @@ WRONG = {
     # memory that is written to in between
     "written to and read again": lambda: read_again(False),
     "written to through a view": lambda: read_again(True),
+    "written to last": lambda: in_order(lambda mask: mask.zero_()),
+    "written to in two steps": lambda: in_order(lambda mask: mask.fill_(-math.inf), lambda mask: mask.triu_(2)),
+    "assigned another number": lambda: in_order(lambda mask: assign(mask, by_arange(N), -1.0)),
+    "assigned a row": lambda: in_order(lambda mask: assign(mask, positions() == 3, 0.0)),
+    "multiplied in place": lambda: in_order(lambda mask: operator.imul(mask, 0.0)),
+    "view made before a write": view_before_a_write,
+    "copy made before a write": read_before_a_write,
+    "conjunction made before a write": conjunction_before_a_write,
+    "memory as it was found": lambda: torch.empty(N, N).tril_() * 0 + torch.eye(N),
     # steps of the proof that must all be checked
+    "rows in another order": lambda: by_arange(N).index_select(0, (positions() - N + 1) * -1),
+    "narrowed further on": lambda: by_arange(2 * N).narrow(0, 1, N).narrow(1, 0, N),
+    "permuted": lambda: lower(torch.bool).permute(1, 0),
+    "transposed": lambda: lower(torch.bool).t(),
+    "attribute T": lambda: lower(torch.bool).T,
+    "attribute mT": lambda: lower(torch.bool)[None, None].mT,
+    "grids exchanged": lambda: operator.ge(*torch.meshgrid(positions(), positions(), indexing="xy")),
+    "two halves": lambda: torch.cat([lower(torch.bool)[: N // 2], lower(torch.bool)[: N // 2]]),
+    "logarithm": lambda: (lower() * 2).log(),
+    "positions repeated": lambda: positions()[: N // 2].repeat(2)[:, None] >= positions(),
     "first difference": lambda: by_arange(N) & (first_differs() == 1),
     "sums of positions": lambda: by_arange(N) & (positions().cumsum(0) <= 0),
     "index from the end": lambda: torch.ones(N, N, dtype=torch.bool).tril(1)[(positions() - 1)[:, None], positions()],
@@ -138,12 +192,14 @@ WRITES = {
     "out by name": lambda mask: torch.mul(input=mask, other=0.0, out=mask),
     "out beside a new tensor": lambda mask: torch.mul(torch.zeros(N, N), 0.0, out=mask),
     "out of a creator": lambda mask: torch.zeros(N, N, out=mask),
-    "operator": lambda mask: operator.imul(mask, 0.0),
     "assignment": lambda mask: assign(mask, 0, 0.0),
     "view": lambda mask: mask.view(-1).zero_(),
     "transposed attribute": lambda mask: mask.T.zero_(),
     "data": lambda mask: mask.data.zero_(),
-    "known operation": lambda mask: mask.masked_fill_(torch.ones(N, N, dtype=torch.bool), 0.0),
+    "view of a view": lambda mask: mask[None][0].masked_fill_(torch.ones(N, N, dtype=torch.bool), 0.0),
+    "operator on a view": lambda mask: operator.imul(mask.view(N, N), 0.0),
+    "assignment to a view": lambda mask: assign(mask.T, torch.ones(N, N, dtype=torch.bool), 0.0),
+    "numbers one by one": lambda mask: assign(mask, torch.ones(N, N, dtype=torch.bool), torch.zeros(N * N)),
     "another tensor on the same memory": make_alias_and_zero,
     "nested tensor": lambda mask: torch.nested.nested_tensor_from_jagged(mask, torch.tensor([0, N])).mul_(0.0),
     "renormalised embedding": lambda mask: F.embedding(positions(), mask, max_norm=0.5),
@@ -176,6 +232,30 @@ RIGHT = {
     "int8": lambda: lower(torch.int8).bool(),
     "tensor of a tensor": lambda: at_least(torch.tensor(positions())),
     "same mask many times": lambda: many_times(by_arange(N)),
+    "index_select": lambda: by_arange(2 * N)[None, None].index_select(2, positions())[..., :N],
+    "narrow": lambda: by_arange(2 * N).narrow(0, 0, N).narrow(1, 0, N),
+    "select": lambda: by_arange(N).expand(2, N, N).select(0, 1),
+    "permute": lambda: torch.ones(N, N).triu().permute(1, 0).bool(),
+    "permute by name": lambda: torch.permute(torch.ones(1, N, N).triu(), dims=(0, -1, 1)).bool(),
+    "t": lambda: torch.ones(N, N).triu().t().bool(),
+    "attribute T": lambda: torch.ones(N, N, dtype=torch.bool).triu().T,
+    "attribute mT": lambda: torch.ones(1, N, N, dtype=torch.bool).triu().mT,
+    "grids": lambda: operator.ge(*torch.meshgrid(positions(), positions(), indexing="ij")),
+    "grids exchanged": lambda: operator.le(*torch.meshgrid(positions(), positions(), indexing="xy")),
+    "joined to nothing": lambda: torch.cat([torch.zeros(N, 0), bias()], dim=-1),
+    "stacked to nothing": lambda: torch.hstack([torch.zeros(N, 0), bias()]),
+    "logarithm": lambda: lower().log(),
+    "isinf": lambda: ~square(-math.inf).triu(1).isinf(),
+    "repeated rows": lambda: positions().repeat(N, 1) <= positions()[:, None],
+    "repeated batch": lambda: by_arange(N)[None, None].repeat(1, 2, 1, 1),
+    "comparisons by their long names": lambda: torch.greater_equal(positions()[:, None], positions()).logical_and(
+        torch.less(positions(), N + positions()[:, None])
+    ),
+    "byte": lambda: torch.ones(N, N).byte().tril().bool(),
+    "view_as": lambda: by_arange(N).view_as(torch.empty(1, N, N)),
+    "PyTorch's own": lambda: torch.nn.Transformer.generate_square_subsequent_mask(N),
+    "CausalBias, upper left": lambda: causal_upper_left(N, N),
+    "CausalBias, lower right": lambda: causal_lower_right(N, N),
 }
 
 
@@ -193,7 +273,7 @@ def lets_through(mask):
 @pytest.mark.parametrize("name", WRONG)
 def test_mask_that_only_looks_causal_is_left(name):
     build = WRONG[name]
-    assert build().isnan().any() or not torch.equal(lets_through(build()), by_arange(N))
+    assert build().isnan().any() or not torch.equal(lets_through(build()), by_arange(N).expand(build().shape))
     gm, call = only_call(lambda q: attend(q, build()), heads())
     assert call.refusal is not None
     assert "lighthouse" not in str(targets(gm))
@@ -203,7 +283,8 @@ def test_mask_that_only_looks_causal_is_left(name):
 @pytest.mark.parametrize("name", RIGHT)
 def test_causal_mask_in_an_unusual_spelling_is_proved(name):
     build = RIGHT[name]
-    assert torch.equal(lets_through(build()), by_arange(N))
+    if type(build()) is torch.Tensor:
+        assert torch.equal(lets_through(build()), by_arange(N).expand(build().shape))
     _, call = only_call(lambda q: attend(q, build()), heads())
     assert call.refusal is None and call.is_causal is True, call.refusal
 
@@ -290,6 +371,140 @@ def test_write_in_a_shared_subgraph_counts_for_each_of_its_callers():
     assert "may be changed in place, by zero_" in call.refusal.reason
 
 
+# --- masks that are assumed to be causal, and lie ---------------------------------------------------------------------
+
+ASSUME = LighthouseConfig(**FIELDS, assume_causal=True)
+M = 64  # tokens
+
+
+def additive(dtype, hidden=None):
+    """The causal mask as numbers to add: 0, and -inf or what is given."""
+    return torch.zeros(M, M, dtype=dtype).masked_fill(~by_arange(M), -math.inf if hidden is None else hidden)
+
+
+def with_value(mask, *at, value):
+    mask = mask.clone()
+    mask[at] = value
+    return mask
+
+
+def repeated(mask):
+    return mask.repeat(2, 3, 1, 1)  # [B, H, N, N]
+
+
+TRUE = {
+    "bool": lambda: by_arange(M),
+    "-inf": lambda: additive(torch.float32),
+    "lowest": lambda: additive(torch.float32, torch.finfo(torch.float32).min),
+    "lowest of float16": lambda: additive(torch.float16, torch.finfo(torch.float16).min),
+    "lowest of bfloat16": lambda: additive(torch.bfloat16, torch.finfo(torch.bfloat16).min),
+    "-inf and lowest": lambda: with_value(additive(torch.float32), 0, 1, value=torch.finfo(torch.float32).min),
+    "minus zero": lambda: with_value(additive(torch.float32), 3, 3, value=-0.0),
+    "transposed": lambda: torch.ones(M, M).triu().bool().T,
+    "every other row and column": lambda: by_arange(2 * M)[::2, ::2],
+    "repeated": lambda: repeated(by_arange(M)),
+    "expanded": lambda: by_arange(M).expand(2, 3, M, M),
+}
+LIES = {
+    "the last token hides the first": lambda: with_value(by_arange(M), M - 1, 0, value=False),
+    "the first token sees the last": lambda: with_value(by_arange(M), 0, M - 1, value=True),
+    "below the diagonal": lambda: torch.eye(M, dtype=torch.bool),
+    "above the diagonal": lambda: torch.ones(M, M, dtype=torch.bool),
+    "without the diagonal": lambda: by_arange(M) & ~torch.eye(M, dtype=torch.bool),
+    "one above the diagonal": lambda: torch.ones(M, M, dtype=torch.bool).tril(1),
+    "nothing is seen": lambda: torch.zeros(M, M, dtype=torch.bool),
+    "one row hidden": lambda: with_value(by_arange(M), 17, value=False),
+    "one batch row": lambda: with_value(repeated(by_arange(M)), 1, 2, M - 1, M - 1, value=False),
+    "one head": lambda: with_value(repeated(by_arange(M)), slice(None), 1, 0, 1, value=True),
+    "a head of a mask without batch": lambda: with_value(by_arange(M).repeat(3, 1, 1), 2, 5, 6, value=True),
+    "padding on the left": lambda: by_arange(M) & (torch.arange(M) > 2),
+    "padding on the right": lambda: by_arange(M) & (torch.arange(M) < M - 1),
+    "sliding window": lambda: by_arange(M) & ~torch.ones(M, M, dtype=torch.bool).tril(-40),
+    "documents": lambda: by_arange(M) & (torch.arange(M)[:, None] // 32 == torch.arange(M) // 32),
+    "NaN where it hides": lambda: with_value(additive(torch.float32), 0, 1, value=math.nan),
+    "NaN where it shows": lambda: with_value(additive(torch.float32), 1, 0, value=math.nan),
+    "+inf where it hides": lambda: with_value(additive(torch.float32), 0, 1, value=math.inf),
+    "a bias": lambda: with_value(additive(torch.float32), M - 1, 0, value=1e-30),
+    "a negative bias": lambda: with_value(additive(torch.float32), M - 1, 0, value=-1.0),
+    "nearly hidden": lambda: additive(torch.float32, -1e9),
+    "nearly hidden in float16": lambda: additive(torch.float16, -65472.0),
+    "lowest of a narrower dtype": lambda: additive(torch.float32, torch.finfo(torch.bfloat16).min),
+    "ones and zeros, not added": lambda: by_arange(M).float(),
+    "hides where it should show": lambda: additive(torch.float16).T,
+}  # fmt: skip
+
+
+def small_heads(dtype=torch.float32):
+    return torch.randn(2, 3, M, 4, dtype=dtype, requires_grad=True)
+
+
+def assumed(mask):
+    run = torch.compile(attend, backend=passes_only, options=FIELDS | {"assume_causal": True}, fullgraph=True)
+    return run, small_heads(torch.float32 if mask.dtype == torch.bool else mask.dtype)
+
+
+@pytest.mark.parametrize("name", TRUE)
+def test_assumed_mask_that_is_causal_passes(name):
+    mask = TRUE[name]()
+    run, q = assumed(mask)
+    oracle = lighthouse_attention(q, q, q, is_causal=True, config=ASSUME)
+    torch.testing.assert_close(run(q, mask), oracle, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_large_mask_is_looked_at_in_parts(name, monkeypatch):
+    mask = LIES[name]()
+    monkeypatch.setattr(reference, "_LOOKED_AT", 3 * mask.numel() // M)  # three rows at a time
+    with pytest.raises(ValueError, match=r"^the attn_mask of layer 3 is not the causal mask: for query"):
+        torch.ops.lighthouse_fx.check_causal(mask, "layer 3", "")
+    assert torch.ops.lighthouse_fx.check_causal(by_arange(M), "layer 3", "").item() == 0
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_assumed_mask_that_lies_raises(name):
+    mask = LIES[name]()
+    run, q = assumed(mask)
+    with pytest.raises(ValueError, match="is not the causal mask: for query"):
+        run(q, mask)
+
+
+@pytest.mark.slow
+def test_assumed_mask_is_checked_at_each_call_when_it_is_written_to_in_between():
+    def function(q, mask):
+        first = attend(q, mask)
+        mask[2, 9] = True
+        return first + attend(q, mask)
+
+    for backend in (passes_only, "lighthouse"):
+        run = torch.compile(function, backend=backend, options=FIELDS | {"assume_causal": True}, fullgraph=True)
+        with pytest.raises(Exception, match="for query 2 and key 9 it shows it"):
+            run(small_heads(), by_arange(M))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [passes_only, "lighthouse"])
+def test_assumed_mask_that_is_written_to_after_its_use_passes(backend):
+    def function(q, mask):
+        out = attend(q, mask)
+        mask.zero_()
+        return out
+
+    run, q = torch.compile(function, backend=backend, options=FIELDS | {"assume_causal": True}), small_heads()
+    oracle = lighthouse_attention(q, q, q, is_causal=True, config=ASSUME)
+    torch.testing.assert_close(run(q, by_arange(M)), oracle)
+
+
+@pytest.mark.slow
+def test_lie_is_found_where_little_of_the_output_is_used():
+
+    def function(q, mask):
+        return attend(q, mask)[:, :, :1]
+
+    run = torch.compile(function, backend="lighthouse", options=FIELDS | {"assume_causal": True}, fullgraph=True)
+    with pytest.raises(Exception, match="for query 60 and key 63 it shows it"):
+        run(small_heads(), with_value(by_arange(M), 60, 63, value=True))
+
+
 # --- a compilation never fails because of a mask ----------------------------------------------------------------------
 
 
@@ -336,7 +551,26 @@ STARTS = st.one_of(
     ),
     st.sampled_from(NUMBERS).map(lambda number: lambda: square(number).triu(1)),
 )
+
+
+def lower_in_place(x, diagonal, part):
+    """Statements on a copy, of which a view taken before, the copy itself or what the statement returns goes on."""
+    copy = x.clone()
+    view = copy.view(N, N) if copy.is_contiguous() else copy
+    after = copy.tril_(diagonal)
+    return (view, copy, after)[part]
+
+
+def assign_in_place(x, part):
+    copy = x.clone()
+    before = copy == 0
+    copy[by_arange(N)] = 1
+    return (before, copy, copy.clone() + before)[part]
+
+
 UNARY = st.one_of(
+    st.tuples(st.integers(-1, 1), st.integers(0, 2)).map(lambda both: lambda x: lower_in_place(x, *both)),
+    st.integers(0, 2).map(lambda part: lambda x: assign_in_place(x, part)),
     st.sampled_from(DTYPES).map(lambda dtype: lambda x: x.to(dtype)),
     st.integers(-1, 1).map(lambda diagonal: lambda x: x.tril(diagonal)),
     st.tuples(

@@ -1,10 +1,12 @@
 """Masks that are provably only causal count as causal and leave the graph; every other mask is left alone."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import CONFIG
-from test_passes import H, N, assert_refused, heads, only_call, targets
+from test_passes import CALLS, H, N, assert_refused, heads, only_call, targets, traced
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
@@ -19,7 +21,56 @@ def by_arange(n=N):
     return positions[:, None] >= positions[None, :]
 
 
-CAUSAL = {
+def in_place(*steps, start=lambda: torch.full((N, N), float("-inf"))):
+    """A mask on which statements work in place, so that the attention reads it by its first name."""
+
+    def build():
+        mask = start()
+        for step in steps:
+            step(mask)
+        return mask
+
+    return build
+
+
+def assign(mask, condition, value):
+    mask[condition] = value
+
+
+def times_later(mask):
+    mask *= torch.arange(N) > torch.arange(N).reshape(-1, 1)
+    return mask
+
+
+def after_an_empty_cache():
+    """As in Llama's first code."""
+    return torch.hstack([torch.zeros((N, 0)), torch.full((N, N), float("-inf")).triu(1)])
+
+
+# Written by statements. After each, the same memory holds something else.
+IN_PLACE = {
+    "fill, then triangle": in_place(
+        lambda mask: mask.fill_(float("-inf")), lambda mask: mask.triu_(1), start=lambda: torch.empty(N, N)
+    ),
+    "zero below": in_place(lambda mask: mask.masked_fill_(by_arange(), 0)),
+    "BART": in_place(lambda mask: mask.masked_fill_(torch.arange(N) < (torch.arange(N) + 1).view(mask.size(-1), 1), 0)),
+    "assigned": in_place(lambda mask: assign(mask, ~by_arange(), float("-inf")), start=lambda: torch.zeros(N, N)),
+    "assigned twice": in_place(
+        lambda mask: assign(mask, by_arange(), 5.0), lambda mask: assign(mask, mask == 5, 0.0)
+    ),
+    "overwritten": in_place(
+        lambda mask: mask.copy_(by_arange()), start=lambda: torch.ones(N, N, dtype=torch.bool)
+    ),
+    "triangle, and again where it is not 0": in_place(
+        lambda mask: mask.masked_fill_(mask.bool(), float("-inf")), start=lambda: torch.ones(N, N).triu(1)
+    ),
+    "times a comparison": lambda: times_later(torch.full((N, N), torch.finfo(torch.float32).min)),
+    "triangle times a comparison": lambda: times_later(torch.full((N, N), torch.finfo(torch.float32).min).triu(1))[None, None],
+    "or in place": lambda: operator.ior(torch.arange(N)[:, None] > torch.arange(N), torch.ones(N, N).tril().bool()),
+    "view after the writes": lambda: in_place(lambda mask: mask.triu_(1))()[None, None].expand(2, 1, -1, -1),
+}
+
+CAUSAL = IN_PLACE | {
     "tril of ones": lambda: torch.tril(torch.ones(N, N, dtype=torch.bool)),
     "ones.tril().bool()": lambda: torch.ones(N, N).tril().bool(),
     "triu inverted": lambda: ~torch.ones(N, N, dtype=torch.bool).triu(1),
@@ -136,6 +187,31 @@ def test_mask_written_to_through_a_view_is_left():
         return attend(q, mask)
 
     assert_refused(function, heads(), because="changed in place")
+
+
+def test_mask_written_to_between_two_calls_is_read_as_it_was_then():
+    def function(q):
+        mask = torch.zeros(N, N, dtype=torch.bool)
+        first = attend(q, mask.fill_(True))
+        mask.tril_()
+        return first, attend(q, mask)
+
+    (gm,) = traced(function, heads())
+    first, second = gm.meta[CALLS]
+    assert "changed in place" in first.refusal.reason  # by what comes later
+    assert second.refusal is None and second.is_causal is True
+
+
+def test_writes_to_a_mask_stay_while_something_else_reads_it():
+    def function(q):
+        mask = in_place(lambda mask: mask.triu_(1))()
+        return attend(q, mask), mask
+
+    gm, call = only_call(function, q := heads())
+    assert call.refusal is None and call.is_causal is True
+    assert "triu_" in [node.target for node in gm.graph.nodes]
+    _, mask = gm(q)
+    assert torch.equal(mask == 0, by_arange())
 
 
 def test_mask_used_elsewhere_stays_for_that():

@@ -1,6 +1,8 @@
 """The `gla` scorer, and the choice of the stock attention kernel, as far as a CPU shows them."""
 
 import importlib.util
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -87,4 +89,87 @@ def test_unknown_kernel():
 
 
 def test_configuration_names_every_kernel_there_is():
-    assert ("auto", *inner._BACKENDS) == KERNELS
+    assert ("auto", *inner._BACKENDS, "flash-attn") == KERNELS
+
+
+@pytest.mark.parametrize("kernel, message", [
+    ("flash-attn", r"pip install 'lighthouse-fx\[flash-attn\]'"),
+    ("flash-attn-4", r"activate_flash_attention_impl\('FA4'\)"),
+])
+@pytest.mark.parametrize("form", ["compiled", "functional"])
+def test_package_that_is_not_there_is_an_error(form, kernel, message):
+    config = LighthouseConfig(**FIELDS, kernel=kernel)
+    function = torch.compile(attention, backend="lighthouse", options={**FIELDS, "kernel": kernel})
+    if form == "functional":
+        function = partial(lighthouse_attention, is_causal=True, enable_gqa=True, config=config)
+    if importlib.util.find_spec("flash_attn") is None or kernel == "flash-attn-4":
+        with pytest.raises(Exception, match=message):
+            function(*inputs())
+
+
+# What `flash_attn.flash_attn_func` is, as far as a caller and a tracer can tell: the layout, the arguments' names, grouped
+# heads as they are, and a torch.autograd.Function around two custom ops.
+STAND_IN = """
+import torch
+import torch.nn.functional as F
+
+def dense(q, k, v, scale, causal):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+
+@torch.library.custom_op("stand_in_flash_attn::forward", mutates_args=())
+def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> torch.Tensor:
+    return dense(q, k, v, scale, causal).contiguous()
+
+@forward.register_fake
+def _(q, k, v, scale, causal):
+    return q.new_empty(q.shape)
+
+@torch.library.custom_op("stand_in_flash_attn::backward", mutates_args=())
+def backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool
+) -> list[torch.Tensor]:
+    _, gradients = torch.func.vjp(lambda *x: dense(*x, scale, causal), q, k, v)
+    return [x.contiguous() for x in gradients(grad)]
+
+@backward.register_fake
+def _(grad, q, k, v, scale, causal):
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, dropout_p, scale, causal):
+        assert dropout_p == 0.0
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = q.shape[-1] ** -0.5 if scale is None else scale, causal
+        return forward(q, k, v, *ctx.rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    return Attention.apply(q, k, v, dropout_p, softmax_scale, causal)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn itself is installed")
+@pytest.mark.parametrize("form", ["compiled", "functional"])
+def test_flash_attn_is_called_as_it_wants_to_be(form, tmp_path, monkeypatch):
+    """Layout, arguments and gradients, with a stand-in: the package itself needs a GPU."""
+    (tmp_path / "flash_attn.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    q, k, v = inputs()
+    arguments = dict(is_causal=True, enable_gqa=True, scale=0.3)
+    expected = lighthouse_attention(q, k, v, **arguments, config=LighthouseConfig(**FIELDS))
+    options = {**FIELDS, "kernel": "flash-attn"}
+    function = partial(lighthouse_attention, **arguments, config=LighthouseConfig(**options))
+    if form == "compiled":
+        function = torch.compile(
+            partial(F.scaled_dot_product_attention, **arguments), backend="lighthouse", options=options, fullgraph=True
+        )
+    out = function(q, k, v)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected)]
+    torch.testing.assert_close(*grads)
+    del sys.modules["flash_attn"]

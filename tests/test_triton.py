@@ -67,6 +67,28 @@ SHAPES = [  # (p, L, k, quota)
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_mask_is_told_from_the_causal_one(triton_kernels, stretch, dtype):
+    tokens = 70 * stretch
+    shown = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    hidden = 0 if dtype == torch.bool else torch.finfo(dtype).min
+    causal = shown if dtype == torch.bool else torch.zeros(shown.shape, dtype=dtype).masked_fill(~shown, hidden)
+    wrong = [(tokens - 1, 0), (0, tokens - 1), (17, 17), (tokens - 2, tokens - 1), (tokens - 1, tokens - 1)]
+    masks = [causal, causal.expand(2, 3, -1, -1), causal.T.contiguous().T, causal.T, causal[None]]
+    for at in wrong:
+        masks.append(causal.repeat(2, 3, 1, 1))
+        value = masks[-1][(1, 2, *at)]
+        masks[-1][(1, 2, *at)] = ~value if dtype == torch.bool else -1.0
+    if dtype != torch.bool:
+        for value in (torch.nan, torch.inf, -torch.inf):
+            masks.append(causal.clone())
+            masks[-1][3, 5] = value
+    found = [triton_kernels.is_causal_mask(mask).item() for mask in masks]
+    assert found == [reference.is_causal_mask(mask).item() for mask in masks]
+    assert found[:10] == [True, True, True, False, True, *[False] * 5]
+    assert found[10:] in ([], [False, False, True])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("p, levels, topk, quota", SHAPES)
 def test_every_pooling_and_depth(p, levels, topk, quota, dtype, triton_kernels, stretch):
@@ -134,6 +156,7 @@ def test_kernels_compile_for_hopper():
     assert done.returncode == 0, done.stderr[-3000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == {
         "_collect_kernel",
+        "_mask_kernel",
         "_score_kernel",
         "_select_kernel",
         "_spread_kernel",

@@ -1,0 +1,185 @@
+"""Packed documents: attention that stays inside them. SPEC.md's four stages, and what changes where a row holds several.
+
+A row is cut into documents, runs of tokens; `starts` int32 `[B, N]` says for each token where its document begins. A window
+is *divided* where it holds tokens of more than one document.
+
+1. *Select.* Expanded before all others, at every level: each window that holds the first token of a document, and the window
+   after one that such a token divides. (What `keep_first` does for the first document: no token is left without output.)
+   Where a tile has more of these than its quota, those that come first are expanded, and the rest is *crowded out*.
+2. *Gather.* A divided window that is an entry comes after all others, out of the order: nobody attends to it, and its output
+   goes nowhere. The others lie document by document, in causal order.
+3. *Attend.* Causal attention inside each document's entries.
+4. *Scatter.* An entry's output is added to tokens of its own document only.
+
+So nothing that anyone attends to mixes documents, and no token receives anything of another document, whatever the budget.
+Tokens under a divided window that is crowded out are not attended to, and may be left without output.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Pyramid
+
+_ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
+
+
+def starts_of(numbers: Tensor) -> Tensor:
+    """Where each token's document begins, int32 `[B, N]`, from the documents' numbers: a new number is a new document."""
+    place = torch.arange(numbers.shape[-1], dtype=torch.int32, device=numbers.device).expand_as(numbers)
+    begins = F.pad(numbers[..., 1:] != numbers[..., :-1], (1, 0), value=True)
+    return torch.where(begins, place, 0).cummax(-1).values.int()
+
+
+def must_expand(starts: Tensor, pyramid: Pyramid) -> Tensor:
+    """The windows above level 0 that are expanded before all others: bool `[B, P - N]`, numbered as windows are, less N."""
+    place = torch.arange(starts.shape[-1], device=starts.device)
+    first = (starts == place)[..., : pyramid.covered]
+    wanted = [first[..., :0]]
+    for level in range(1, pyramid.levels):
+        tokens = first.unflatten(-1, (pyramid.windows(level), pyramid.pooling**level))
+        after_divided = F.pad(tokens[..., 1:].any(-1)[..., :-1], (1, 0))
+        wanted.append(tokens.any(-1) | after_divided)
+    return torch.cat(wanted, -1)
+
+
+def crowded_out(starts: Tensor, pyramid: Pyramid) -> Tensor:
+    """How many windows had to be expanded, and could not be: `[B]`, over all levels and tiles."""
+    wanted, missing = must_expand(starts, pyramid), starts.new_zeros(starts.shape[0])
+    bounds = [tile * pyramid.coarse // pyramid.tiles_with_windows for tile in range(pyramid.tiles_with_windows + 1)]
+    for level in range(1, pyramid.levels):
+        first = pyramid.offset(level) - pyramid.length
+        share = pyramid.windows(level) // max(1, pyramid.coarse)
+        before = F.pad(wanted[..., first : first + pyramid.windows(level)].int().cumsum(-1), (1, 0))
+        per_tile = before[..., [share * bound for bound in bounds]].diff(dim=-1)
+        missing = missing + (per_tile - pyramid.quota_).clamp(min=0).sum(-1)
+    return missing
+
+
+def arrange(entries: Tensor, slots: Tensor, starts: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """Put the divided windows of a selection after all others, and out of `slots`. Shapes as `select`'s."""
+    divided = _segments(entries, starts, pyramid) == pyramid.length
+    kept = (~divided).int().cumsum(-1)
+    place = torch.where(divided, kept[..., -1:] + divided.int().cumsum(-1), kept) - 1  # [B, G, S]
+    moved = torch.empty_like(entries).scatter(-1, place, entries)
+    kept_place = torch.where(divided, -1, place).int()
+    return moved, torch.where(slots >= 0, kept_place.gather(-1, slots.clamp(min=0).long()), -1)
+
+
+def _segments(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
+    """Where the document of each entry begins, N for a divided window: int32 `[B, G, S]`."""
+    begin = last = entries
+    for level in range(1, pyramid.levels):
+        width = pyramid.pooling**level
+        here = entries >= pyramid.offset(level)
+        begin = torch.where(here, (entries - pyramid.offset(level)) * width, begin)
+        last = torch.where(here, begin + width - 1, last)
+    document = starts[:, None].expand(-1, entries.shape[1], -1).gather(-1, last.long())
+    return torch.where(document > begin, pyramid.length, document)
+
+
+# --- the attention ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("lighthouse_fx", "FRAGMENT")
+_library.define(
+    "attention_in_documents(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor starts, int levels, int pooling, "
+    "float dropout_p, float? scale, bool enable_gqa, int most, str kernel) -> Tensor"
+)
+_library.define("document_starts(Tensor numbers) -> Tensor")
+
+
+def _rising_starts(numbers: Tensor) -> Tensor:
+    """`starts_of`, for numbers that a mask compares: where one came back later, the mask would join what lies apart."""
+    message = "the numbers of documents fall along a row, so a document may lie in several pieces: number them in order"
+    torch._assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
+    return starts_of(numbers)
+
+
+_library.impl("document_starts", _rising_starts, "CompositeImplicitAutograd")
+
+
+def document_problem(query: Tensor, value: Tensor, kernel: str) -> str | None:
+    """Why attention cannot be kept inside documents on this device, with the remedy, or None."""
+    if query.device.type != "cuda":
+        return None
+    if kernel not in ("auto", "flash"):
+        return f"kernel={kernel!r} cannot keep attention inside documents: use kernel='auto' or 'flash'"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return (
+            f"attention inside documents takes bfloat16 or float16 on a GPU, and query has dtype {query.dtype}: use "
+            "torch.autocast, or a model of such a type"
+        )
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        return "attention inside documents takes head dimensions up to 256"
+    return None
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    entries: Tensor,
+    starts: Tensor,
+    levels: int,
+    pooling: int,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    most: int,
+    kernel: str,
+) -> Tensor:
+    """Causal attention on the entries of each document: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`."""
+    if (problem := document_problem(query, value, kernel)) is not None:
+        raise ValueError(problem)
+    pyramid = Pyramid(length=starts.shape[-1], levels=levels, pooling=pooling, topk=1)
+    segments = _segments(entries, starts, pyramid)
+    if query.device.type == "cuda":
+        return _varlen(query, key, value, segments, dropout_p, scale, most)
+    mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
+    mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, dropout_p: float, scale: float | None, most: int
+) -> Tensor:
+    """FlashAttention on sequences of different lengths: the entries of one document, batch row and key/value head are one."""
+    batch, groups, gathered = segments.shape
+    heads, dim, wanted = query.shape[1], query.shape[3], value.shape[3]
+    bounds = _bounds(segments, most)
+    width = -(-max(dim, wanted) // _ALIGNED) * _ALIGNED
+    query, key, value = (
+        F.pad(x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2), (0, width - x.shape[3]))
+        for x in (query, key, value)
+    )  # [B * G * S, H / G, width] and [B * G * S, 1, width]
+    out = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, gathered, gathered, dropout_p, True, False,
+        scale=dim**-0.5 if scale is None else scale,
+    )[0]  # fmt: skip
+    out = out.unflatten(0, (batch, groups, gathered)).transpose(2, 3)
+    result: Tensor = out.reshape(batch, heads, gathered, width)[..., :wanted]
+    return result
+
+
+def _bounds(segments: Tensor, most: int) -> Tensor:
+    """Where each run of equal segments begins in `[B * G * S]`, then the end, repeated: int32 `[B * G * (most + 1) + 1]`."""
+    batch, groups, gathered = segments.shape
+    sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
+    begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
+    number = begins.int().cumsum(0)
+    torch._assert_async(
+        number[-1] <= sequences,
+        f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
+    )
+    place = torch.arange(total, dtype=torch.int32, device=segments.device)
+    beyond = sequences + 1  # what begins nothing is written there, and cut off
+    bounds = place.new_full((sequences + 2,), total)
+    return bounds.scatter(0, torch.where(begins, number - 1, beyond).clamp(max=beyond), place)[:-1]
+
+
+_library.impl("attention_in_documents", _attention, "CompositeImplicitAutograd")
+attention_in_documents = torch.ops.lighthouse_fx.attention_in_documents.default

@@ -1,0 +1,187 @@
+"""`documents(...)`: attention of packed rows stays inside each document, in models compiled with the backend.
+
+    with lighthouse_fx.documents(numbers):          # forward and backward
+        loss = model(tokens); loss.backward()
+
+The compiled graph gets one more input, where each token's document begins, and its wrapper supplies it from here; so nothing
+about the documents is baked into the graph but their shape `[B, N]`, which a guard on the stage's key includes. What is
+computed: `kernels/documents.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import dynamo, stage
+from .config import LighthouseConfig
+from .kernels.documents import crowded_out, starts_of
+from .passes.call import DOCUMENTS, AttentionCall
+from .passes.check import pyramid_over
+
+
+def starts_from(
+    document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, names: tuple[str, str] | None = None
+) -> Tensor:
+    """Where each token's document begins, int32 `[B, N]`, from either form.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+    """
+    ids_name, bounds_name = names or ("document_ids", "cu_seqlens")
+    if (document_ids is None) == (cu_seqlens is None):
+        raise TypeError(
+            f"give either {ids_name}, an integer tensor [batch, tokens], or {bounds_name}, an integer tensor [documents + 1]"
+        )
+    name, given = (ids_name, document_ids) if document_ids is not None else (bounds_name, cu_seqlens)
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        shown = f"has dtype {given.dtype}" if isinstance(given, Tensor) else f"is a {type(given).__name__}"
+        raise TypeError(f"{name} {shown}: give an integer tensor")
+    if document_ids is not None:
+        if document_ids.dim() != 2 or 0 in document_ids.shape:
+            raise ValueError(f"{name} has shape {list(document_ids.shape)}: give [batch, tokens], one number for each token")
+        return starts_of(document_ids)
+    assert cu_seqlens is not None
+    bounds = cu_seqlens.long()
+    if bounds.dim() != 1 or len(bounds) < 2 or bounds[0] != 0 or bool((bounds.diff() < 0).any()) or bounds[-1] < 1:
+        raise ValueError(f"{name}={bounds.tolist()}: give one packed row's borders, such as [0, 100, 250], from 0 and rising")
+    return bounds[:-1].repeat_interleave(bounds.diff()).int()[None]
+
+
+class Documents:
+    """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins."""
+
+    def __init__(self, starts: Tensor) -> None:
+        self.starts = starts
+        self._copies = {starts.device: starts}
+        self._checked: set[LighthouseConfig] = set()
+        self._before: list[Documents | None] = []
+
+    def __enter__(self) -> Documents:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("documents() was entered inside a compiled function: enter it around the compiled call")
+        self._before.append(stage.documents)
+        # One document in each row is no documents at all, and the undivided row has faster kernels.
+        alone = self.starts.device.type == "cpu" and not bool(self.starts.any())
+        stage.enter_documents(None if alone else self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        stage.enter_documents(self._before.pop())
+
+    def __str__(self) -> str:
+        return f"documents {list(self.starts.shape)}"
+
+    def on(self, device: torch.device) -> Tensor:
+        """`starts` on a device; copied there once."""
+        if device not in self._copies:
+            self._copies[device] = self.starts.to(device, non_blocking=True)
+        return self._copies[device]
+
+    def crowded_out(self, config: LighthouseConfig) -> int:
+        """How many windows at borders of documents a configuration cannot expand, over all rows. Waits for a GPU.
+
+        Tokens below them are attended to by nobody and may be left without attention output: choose a larger topk.
+        """
+        return int(crowded_out(self.starts, pyramid_over(self.starts.shape[1], config)).sum())
+
+    def check(self, config: LighthouseConfig) -> None:
+        """Warn, once, of windows that are crowded out. Only where the documents are known on the CPU: nothing waits."""
+        if config in self._checked or self.starts.device.type != "cpu":
+            return
+        self._checked.add(config)
+        if missing := self.crowded_out(config):
+            warnings.warn(
+                f"documents(): {missing} windows at borders of documents are more than topk={config.topk} expands in their "
+                "tiles; tokens below them are not attended to and may get no attention output: use a larger topk or fewer, "
+                "longer documents",
+                stacklevel=2,
+            )
+
+
+def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Documents:
+    """Keep attention inside the documents of packed rows, in models compiled with the backend, as a context manager.
+
+    Args:
+        document_ids: integer `[B, N]`: tokens with equal numbers beside each other are one document.
+        cu_seqlens: integer `[documents + 1]`, the borders of one packed row, `[0, ..., N]`; instead of `document_ids`.
+
+    Give tensors on the CPU, as a data loader makes them: then, without waiting for a GPU, windows that the budget cannot
+    expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context.
+    Attention that stays dense does not know of it (a warning says so): there the model's own mask has to do it. What is
+    computed: README, "Packed documents".
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and the remedy.
+    """
+    return Documents(starts_from(document_ids, cu_seqlens=cu_seqlens))
+
+
+# --- in a graph -------------------------------------------------------------------------------------------------------
+
+
+def with_input(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph that has the documents that are on as its last input, for the passes: `gm.meta[DOCUMENTS]`.
+
+    A copy, because Dynamo loads what its own graph has as inputs. Without documents, the graph itself.
+    """
+    if stage.documents is None:
+        return gm
+    gm = dynamo.copied(gm)
+    tensors = [value for node in gm.graph.nodes if isinstance(value := node.meta.get("example_value"), Tensor)]
+    device = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+    last = list(gm.graph.find_nodes(op="placeholder"))[-1:]
+    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before():
+        node = gm.graph.placeholder("lighthouse_documents")
+    node.meta["example_value"] = dynamo.as_fake(stage.documents.on(device))
+    node._dynamo_source = None  # no variable of the user's: AOTAutograd asks for the attribute
+    gm.meta[DOCUMENTS] = node
+    return gm
+
+
+def settle_input(gm: fx.GraphModule, calls: tuple[AttentionCall, ...]) -> None:
+    """After the passes: drop the input where nobody uses it, and warn of attention that does not know of documents."""
+    node = gm.meta.get(DOCUMENTS)
+    if node is None:
+        return
+    unaware = [
+        call
+        for call in calls
+        if call.refusal and call.mask is call.unproved is None and call.documents in (None, node)
+    ]
+    if unaware:
+        which = ", ".join(dict.fromkeys(call.module or call.source or "a call" for call in unaware))
+        warnings.warn(
+            f"documents() is on, and attention that stays dense does not heed it ({which}): there the model's own mask has "
+            "to keep documents apart; lighthouse_fx.reports() says why each stays dense",
+            stacklevel=2,
+        )
+    if not node.users:
+        gm.graph.erase_node(node)
+        del gm.meta[DOCUMENTS]
+    gm.recompile()
+
+
+def example_of(gm: fx.GraphModule) -> list[Tensor]:
+    """The example inputs to add for a rewritten graph: one, or none."""
+    return [gm.meta[DOCUMENTS].meta["example_value"]] if DOCUMENTS in gm.meta else []
+
+
+def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig) -> Callable[..., Any]:
+    """A compiled graph that gets the documents that are on as its last input, if it has that input."""
+    if DOCUMENTS not in gm.meta:
+        return compiled
+    device = gm.meta[DOCUMENTS].meta["example_value"].device
+
+    def run(*args: Any) -> Any:
+        on = stage.documents
+        if on is None:
+            raise RuntimeError("this graph was compiled inside documents() and runs outside: keep the backward inside, too")
+        on.check(config)
+        return compiled(*args, on.on(device))
+
+    return run

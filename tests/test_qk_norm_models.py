@@ -1,0 +1,123 @@
+"""Qwen3, OLMo 2 and Gemma 3 from transformers: whole, layer by layer and checkpointed, scored by their raw projections."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import FIELDS, passes_only
+
+import lighthouse_fx
+from lighthouse_fx import LighthouseConfig
+
+transformers = pytest.importorskip("transformers")
+
+LAYERS, TOKENS, D = 2, 72, 8
+CONFIG = LighthouseConfig(**FIELDS)
+EXACT = {"rtol": 1e-8, "atol": 1e-10}
+SIZES = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=2, use_cache=False, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+def qwen3():
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=D))
+
+
+def olmo2():
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES))
+
+
+def gemma3():
+    layers = ["full_attention"] * LAYERS  # layers with a sliding window stay dense
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, head_dim=D, layer_types=layers))
+
+
+# What the norms are given: [B, N, heads, D], [B, N, heads * D] and [B, heads, N, D]
+AS_HEADS = {
+    "qwen3": lambda x: x.transpose(1, 2),
+    "olmo2": lambda x: x.unflatten(-1, (-1, D)).transpose(1, 2),
+    "gemma3": lambda x: x,
+}
+MODELS = {"qwen3": qwen3, "olmo2": olmo2, "gemma3": gemma3}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    model = MODELS[request.param]().double()
+    model.name = request.param
+    with torch.no_grad():  # tokens of very different lengths, so that a wrong score selects other windows
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight[0] *= 30
+            layer.self_attn.k_proj.weight[0] *= 30
+    return model
+
+
+def tokens():
+    return torch.randint(0, 96, (2, TOKENS))
+
+
+def loss_and_gradients(model, run, ids):
+    logits = run(input_ids=ids).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def by_functional_form(model, ids, raw=True):
+    """The eager model with its attention replaced by the functional form, given what the norms were given."""
+    given = {}
+    norms = [norm for layer in model.model.layers for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, args: given.update({norm: args[0]})) for norm in norms]
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        scored = [AS_HEADS[model.name](given[norm]) if raw else None for norm in (module.q_norm, module.k_norm)]
+        out = lighthouse_fx.lighthouse_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True, config=CONFIG,
+            score_query=scored[0], score_key=scored[1],
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("lighthouse_oracle", attention)
+    own = model.config._attn_implementation
+    model.set_attn_implementation("lighthouse_oracle")
+    try:
+        return loss_and_gradients(model, model, ids)
+    finally:
+        model.set_attn_implementation(own)
+        for hook in hooks:
+            hook.remove()
+
+
+def assert_scored_raw(calls, count):
+    assert [(call.rewritten, call.scorer, call.scored) for call in calls] == [
+        (True, "norm", "query and key before their norms")
+    ] * count, calls
+
+
+def test_compiled_whole(model):
+    ids = tokens()
+    found = loss_and_gradients(model, torch.compile(model, backend=passes_only, options=FIELDS, fullgraph=True), ids)
+    assert_scored_raw(lighthouse_fx.reports()[-1].calls, LAYERS)
+    torch.testing.assert_close(found, by_functional_form(model, ids), **EXACT)
+    assert not torch.allclose(found[0], by_functional_form(model, ids, raw=False)[0], rtol=1e-6)
+
+
+def test_compiled_layer_by_layer(model):
+    ids = tokens()
+    expected = by_functional_form(model, ids)
+    before = len(lighthouse_fx.reports())
+    for layer in model.model.layers:
+        layer.compile(backend=passes_only, options=dict(FIELDS), fullgraph=True)
+    found = loss_and_gradients(model, model, ids)
+    for report in lighthouse_fx.reports()[before:]:
+        assert_scored_raw(report.calls, 1)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_checkpointed(model):
+    ids = tokens()
+    expected = by_functional_form(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = loss_and_gradients(model, torch.compile(model, backend=passes_only, options=FIELDS, fullgraph=True), ids)
+    assert_scored_raw(lighthouse_fx.reports()[-1].calls, LAYERS)
+    torch.testing.assert_close(found, expected, **EXACT)
