@@ -275,7 +275,7 @@ def as_networkx(gm: fx.GraphModule, calls: Sequence[AttentionCall] = ()) -> nx.D
                 target=_target(node),
                 module=module_path(node),
                 shape="" if tensor is None else f"[{', '.join(map(str, tensor.shape))}]",
-                kind=_kind(node, call),
+                kind=_kind(node, call, dense=node in index),
                 order=graph.number_of_nodes(),
                 call=call,
             )
@@ -293,7 +293,7 @@ def as_networkx(gm: fx.GraphModule, calls: Sequence[AttentionCall] = ()) -> nx.D
 def mark_calls(graph: nx.DiGraph, calls: Sequence[AttentionCall]) -> nx.DiGraph:
     """Write into a graph made before the passes which node is which attention call: only they number the calls."""
     for index, call in enumerate(calls):
-        graph.nodes[_prefix(call.region) + call.node.name]["call"] = index
+        graph.nodes[_prefix(call.region) + call.node.name].update(call=index, kind="attention")
     return graph
 
 
@@ -301,10 +301,10 @@ def _prefix(region: Region) -> str:
     return f"{region.name}/" if region.name else ""
 
 
-def _kind(node: fx.Node, call: int) -> str:
+def _kind(node: fx.Node, call: int, *, dense: bool) -> str:
     if node.op == "placeholder":
         return "input"
-    if is_attention(node) and not _gathers(node):
+    if (dense or is_attention(node)) and not _gathers(node):
         return "attention"
     return "lighthouse" if call >= 0 else "other"
 

@@ -12,9 +12,12 @@ from torch import fx
 
 from lighthouse_fx.config import LighthouseConfig
 
+from .by_hand import find_by_hand
 from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
 from .check import check_attention
 from .find import find_attention
+from .flash_functions import find_flash_functions
+from .flex import find_flex
 from .leftovers import remove_leftovers
 from .masks import prove_masks
 from .raw_scores import score_raw
@@ -23,6 +26,9 @@ from .rewrite import rewrite_attention
 
 PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_attention,
+    find_by_hand,
+    find_flex,
+    find_flash_functions,
     prove_masks,
     check_attention,
     undo_repeated_heads,

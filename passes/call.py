@@ -7,7 +7,7 @@ for one that trains, in no known layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +25,29 @@ TRAINING = "lighthouse_training"  # function: node -> whether the module around 
 MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
 
 
+Steps = tuple[tuple[str, tuple[Any, ...]], ...]  # methods of a tensor and their arguments, the first one first
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """Why a call stays dense, and what the user can do about it."""
 
     reason: str
     remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreMask:
+    """How a graph that writes attention out applies its mask to the scores, at a node of this shape and dtype.
+
+    `fill` is None where the mask is added. Otherwise scores become `fill` where the mask is `hides`.
+    """
+
+    node: fx.Node
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    fill: Any = None
+    hides: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +67,9 @@ class AttentionCall:
     the nodes that built it, each with its region. Where it is neither proved nor disproved it is `unproved` instead, with
     the `doubt`: configured to `assume_causal`, the call counts as causal and the graph checks that mask, else it is refused.
     `repeat_nodes` are those that repeated the heads of key and value.
+    `score_mask` says how the mask is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is
+    none, `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
+    `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
     each token's document, which never falls along a row.
     `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
@@ -71,6 +91,10 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     documents: Any = None
+    score_mask: ScoreMask | None = None
+    own_nodes: tuple[tuple[fx.Node, Region], ...] = ()
+    views: tuple[fx.Node, ...] = ()
+    steps: Steps = ()
     unproved: Any = None
     doubt: Refusal | None = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()
@@ -91,6 +115,12 @@ class AttentionCall:
 def for_each_call(gm: fx.GraphModule, step: Callable[[AttentionCall], AttentionCall]) -> None:
     """Replace each call that is not refused yet by `step(call)`."""
     gm.meta[CALLS] = tuple(call if call.refusal else step(call) for call in gm.meta[CALLS])
+
+
+def add_calls(gm: fx.GraphModule, calls: Iterable[AttentionCall], order: Iterable[fx.Node]) -> None:
+    """Add calls to those found before, all in the order of the graph's nodes."""
+    place = {node: n for n, node in enumerate(order)}
+    gm.meta[CALLS] = tuple(sorted((*gm.meta[CALLS], *calls), key=lambda call: place[call.node]))
 
 
 def fake(node: Any) -> torch.Tensor | None:

@@ -38,10 +38,17 @@ _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "no
 class Elements:
     """Evaluates elements, and remembers in `visited` every node that it went through."""
 
-    def __init__(self, operations: Mapping[str, Operation], sizes: Mapping[str, int], held: Held) -> None:
+    def __init__(
+        self,
+        operations: Mapping[str, Operation],
+        sizes: Mapping[str, int],
+        held: Held,
+        given: Mapping[fx.Node, Element] | None = None,
+    ) -> None:
         self._operations = operations
         self._held = held
         self._sizes = sizes  # of the coordinates
+        self._given = given or {}  # inputs whose elements are known, such as the positions that a mask_mod is called with
         self._known: dict[tuple[fx.Node, Coordinates], Element | Unproven] = {}
         self.visited: dict[fx.Node, Region] = {}
 
@@ -69,6 +76,8 @@ class Elements:
         return in_dtype(value, dtype, self._sizes)
 
     def _evaluated(self, node: fx.Node, region: Region, coordinates: Coordinates) -> Element:
+        if node in self._given:
+            return self._given[node]
         if node.op == "placeholder":
             return self._operand(node, region, coordinates)
         if (name := overload(node)) not in self._operations:

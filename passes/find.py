@@ -37,9 +37,6 @@ _OTHERS = {
         "nn.MultiheadAttention computes its attention inside one function of PyTorch",
         "use a module that calls scaled_dot_product_attention itself",
     ),
-    "flex_attention": ("FlexAttention is not rewritten", "use scaled_dot_product_attention with is_causal=True"),
-    "flash_attn_func": ("flash-attn is called directly", "use scaled_dot_product_attention with is_causal=True"),
-    "flash_attn_varlen_func": ("flash-attn is called directly", "use scaled_dot_product_attention with is_causal=True"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Remove what only a mask or repeated heads needed that are gone.
+"""Remove what only a mask, repeated heads or attention by hand needed that are gone.
 
 Before:
     i = arange(N); mask = i[:, None] >= i               # nothing uses mask any more
@@ -23,11 +23,15 @@ from .writes import writes_in_place
 
 
 def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Erase the unused nodes among those that built masks or repeated heads of rewritten calls, across subgraphs, too."""
+    """Erase the unused nodes among those that built rewritten calls, their masks and repeated heads, across subgraphs, too.
+
+    Of calls that stay dense, what the passes themselves put into the graph: it is the user's own again.
+    """
     candidates: dict[fx.Node, Region] = {}
     for call in gm.meta[CALLS]:
         if call.refusal is None:
-            candidates |= dict(call.mask_nodes) | dict(call.repeat_nodes)
+            candidates |= dict(call.mask_nodes) | dict(call.repeat_nodes) | dict(call.own_nodes)
+        candidates |= dict.fromkeys(call.views, call.region)
     touched = set()
     while dead := [node for node in candidates if not node.users and _removable(node, candidates)]:
         for node in dead:

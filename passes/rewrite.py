@@ -15,6 +15,7 @@ After:
 
 Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/causal_mask.py`):
     check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
+where the mask is applied, which in attention by hand is before its output.
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 from lighthouse_fx.config import LighthouseConfig
@@ -38,6 +40,7 @@ from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
 from .call import CALLS, DOCUMENTS, AttentionCall, fake
 from .check import pyramid_of
+from .find import is_attention
 from .regions import Region, brought
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -46,7 +49,7 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 
 
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
-    """Replace each accepted `scaled_dot_product_attention` by select, three gathers, itself on S entries, and scatter."""
+    """Replace each accepted call by select, three gathers, `scaled_dot_product_attention` on S entries, and scatter."""
     changed = []
     if any(call.refusal is None and call.scorer == "gla" and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
@@ -134,8 +137,12 @@ def _rewrite(
         )  # fmt: skip
         entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
         if call.unproved is not None:
-            zero = empty(k, dtype=torch.int32)
-            check = function(_OPS.check_causal.default, call.unproved, mask_users, REVISION, value=zero)
+            zero, form = empty(k, dtype=torch.int32), call.score_mask
+            with graph.inserting_before(form.node if form else node):  # later, something else may have been written to it
+                mask = call.unproved
+                if form and form.fill is not None and form.hides:
+                    mask = function(torch.logical_not, mask, value=torch.logical_not(mask.meta["example_value"]))
+                check = function(_OPS.check_causal.default, mask, mask_users, REVISION, value=zero)
             entries = function(operator.add, entries, check, value=index_tensors[0])
         gathered = [
             function(
@@ -145,7 +152,7 @@ def _rewrite(
             )
             for x in (q, k, v)
         ]  # fmt: skip
-        out = fakes[node]
+        out = fakes[node] if is_attention(node) else empty(node, *fakes[q].shape[:3], fakes[v].shape[3])
         attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
         if starts:
             inner = function(
@@ -155,7 +162,8 @@ def _rewrite(
                 value=attended,
             )  # fmt: skip
         elif not has_choice(out.device, config.kernel):
-            inner = function(node.target, *gathered, value=attended, **_carried_over(call))
+            target = node.target if is_attention(node) else F.scaled_dot_product_attention
+            inner = function(target, *gathered, value=attended, **_carried_over(call))
         else:
             inner = function(
                 _OPS.attention.default,
@@ -168,6 +176,9 @@ def _rewrite(
             inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
             value=out,
         )  # fmt: skip
+        for method, arguments in call.steps:
+            out = getattr(out, method)(*arguments)
+            result = add(method, (result, *arguments), {}, out, "call_method")
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

@@ -51,8 +51,8 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a node is an in-place operation of PyTorch, such as `triu_`, `*=` or `x[mask] = 0`, known to OPERATIONS."""
     name = operation_name(node)
-    in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return in_place and is_interpreted(node)
+    named = name.endswith("_") and not name.endswith("__") and node.target not in _PURE_OPERATORS  # operator.and_ is pure
+    return (node.target in _IN_PLACE_OPERATORS or named) and is_interpreted(node)
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -86,6 +86,14 @@ def read_before_a_write():
     return copy & mask.tril(-1)
 
 
+def conjunction_before_a_write():
+    """Nor does what was computed from it."""
+    window = torch.ones(N, N, dtype=torch.bool).triu(-3)
+    both = window & lower(torch.bool)
+    window.copy_(lower(torch.bool))
+    return both
+
+
 def first_differs():
     """1 between all neighbours, except before the first position."""
     i = positions()
@@ -128,6 +136,7 @@ WRONG = {
     "multiplied in place": lambda: in_order(lambda mask: operator.imul(mask, 0.0)),
     "view made before a write": view_before_a_write,
     "copy made before a write": read_before_a_write,
+    "conjunction made before a write": conjunction_before_a_write,
     "memory as it was found": lambda: torch.empty(N, N).tril_() * 0 + torch.eye(N),
     # steps of the proof that must all be checked
     "rows in another order": lambda: by_arange(N).index_select(0, (positions() - N + 1) * -1),

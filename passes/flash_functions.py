@@ -1,0 +1,186 @@
+"""Find flash-attn's functions, called by the model itself. Changes nothing that the graph computes.
+
+    out = flash_attn_func(q, k, v, causal=True)      # [B, N, H, D]     ->  an AttentionCall over views [B, H, N, D]
+
+Dynamo traces through `flash_attn_func` into its autograd function, so that the graph has
+
+    out = autograd_function_apply(forward, backward, q, k, v)[0]         # forward calls flash_attn::_flash_attn_forward
+
+A function that was allowed in the graph (`torch.compiler.allow_in_graph`) is one node instead. flash-attn itself needs a GPU
+to be built: this was written after the code of its version 2.7, and tried with a stand-in that has its signatures, its custom
+operators and its autograd function. Version 3 and the builds of Hugging Face's hub name their operators otherwise; those are
+not recognised. Where one tensor is given twice, Dynamo does not trace an autograd function and breaks the graph.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .call import AttentionCall, Steps, add_calls, constant, fake
+from .elements import operation_name
+from .find import module_path, source_line
+from .layouts import only_output, shown
+from .products import Unclear, is_number
+from .regions import Region, regions
+
+_KEEP = "use scaled_dot_product_attention with is_causal=True"
+_TURN: Steps = (("transpose", (1, 2)),)  # [B, N, H, D] <-> [B, H, N, D]
+_OPERATORS = ("flash_attn.", "flashattn.")  # namespaces, the later ones first
+_FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
+# Arguments that have to be as here; those that change nothing are left out. -> what they do otherwise
+_PLAIN: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "window_size": (((-1, -1), None), "sliding window"),
+    "window_size_left": ((-1,), "sliding window"),
+    "window_size_right": ((-1,), "sliding window"),
+    "softcap": ((0, 0.0), "soft-capping"),
+    "alibi_slopes": ((None,), "ALiBi"),
+    "return_attn_probs": ((False,), "attention weights are returned"),
+    "return_softmax": ((False,), "attention weights are returned"),
+}
+_KNOWN = frozenset({"q", "k", "v", "dropout_p", "softmax_scale", "causal", "deterministic", *_PLAIN})
+
+
+def find_flash_functions(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
+    """Add an `AttentionCall` for every attention that flash-attn computes, in graph order."""
+    found, order = [], []
+    for region in regions(gm):
+        for node in list(region.gm.graph.nodes):
+            order.append(node)
+            if (name := _name(node)) in _FUNCTIONS:
+                found.append(_understood(node, region, name, None))
+            elif (inside := _operator(node, region)) is not None:
+                found.append(_understood(node, region, str(inside.target), inside))
+            elif _is_operator(node) and not region.opaque:
+                found.append(_understood(node, region, str(node.target), None))
+    add_calls(gm, found, order)
+    return gm
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _operator(node: fx.Node, region: Region) -> fx.Node | None:
+    """flash-attn's operator in the forward of an autograd function."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() != "autograd_function_apply":
+        return None
+    body = _forward(node, region)
+    inside = body.graph.nodes if body is not None else ()
+    return next((x for x in inside if _is_operator(x)), None)
+
+
+def _is_operator(node: fx.Node) -> bool:
+    return str(node.target).startswith(_OPERATORS) and "_forward" in str(node.target)
+
+
+def _forward(node: fx.Node, region: Region) -> fx.GraphModule | None:
+    first = node.args[0]
+    body = getattr(region.gm, str(first.target), None) if isinstance(first, fx.Node) else None
+    return body if isinstance(body, fx.GraphModule) else None
+
+
+def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None) -> AttentionCall:
+    call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
+    try:
+        if "varlen" in name:
+            raise Unclear("attention stays inside documents (not rewritten yet): flash_attn_varlen_func")
+        if inside is None and _is_operator(node):
+            where = "without gradients or after a graph break"
+            raise Unclear(f"flash-attn's operator is called outside its autograd function, {where}")
+        out = node if inside is None else only_output(node)
+        if out is None:
+            raise Unclear("flash-attn also returns the log-sum-exp of its scores", "leave out return_attn_probs")
+        given = _arguments(node) if inside is None else _arguments_inside(node, region, inside)
+        _check_plain(given)
+        views: list[fx.Node] = []
+        query, key, value = (shown(given[n], _TURN, out, views) for n in ("q", "k", "v"))
+        call = replace(call, views=tuple(views))
+        tensors = [fake(x) for x in (query, key, value, out)]
+        if len({(x.dtype, x.device) for x in tensors if x is not None}) != 1:
+            raise Unclear("query, key, value and output differ in dtype", "convert them to one dtype first")
+    except Unclear as why:
+        return call.refuse(why.reason, why.remedy or _KEEP)
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return call.refuse("flash-attn is called in a way that is not understood", _KEEP)
+    heads = [tensor.shape[1] for tensor in tensors[:2] if tensor is not None]
+    functions: list[Any] = [] if inside is None else [node, *node.args[:2]]
+    return replace(
+        call,
+        node=out,
+        query=query,
+        key=key,
+        value=value,
+        is_causal=given["causal"],
+        scale=given["softmax_scale"],
+        dropout_p=given["dropout_p"],
+        enable_gqa=heads[0] != heads[1],
+        own_nodes=tuple((x, region) for x in functions),
+        steps=(*_TURN, ("contiguous", ())),
+    )
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a function of flash-attn's, as its own signature names them."""
+    package = str(getattr(node.target, "__module__", ""))
+    if package.partition(".")[0] != "flash_attn":
+        raise Unclear(f"{_name(node)} of {package or 'an unknown package'} is called directly")
+    signature = inspect.signature(node.target)  # type: ignore[arg-type]
+    bound = signature.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    usual = {name: parameter.default for name, parameter in signature.parameters.items()}
+    for name, value in bound.arguments.items():
+        if name not in _KNOWN and value is not usual[name]:
+            raise Unclear(f"flash-attn is called with {name}={value}")
+    return dict(bound.arguments)
+
+
+def _arguments_inside(node: fx.Node, region: Region, inside: fx.Node) -> dict[str, Any]:
+    """The arguments of the operator, as nodes outside the autograd function, which has to do nothing else."""
+    body = _forward(node, region)
+    assert body is not None
+    schema = getattr(inside.target, "_schema", None) or inside.target.default._schema  # type: ignore[union-attr]
+    given = dict(zip((argument.name for argument in schema.arguments), inside.args, strict=False)) | dict(inside.kwargs)
+    outer = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
+    first, result = _attended(body, inside, fake(given["v"]))
+    for x in body.graph.nodes:
+        if x in (inside, first, result) or x.op in ("placeholder", "output"):
+            continue
+        if operation_name(x) != "getitem" and x.target is not torch._C._set_grad_enabled:
+            raise Unclear(f"flash-attn's autograd function also computes {x.name}")
+    return given | {name: outer[given[name]] for name in ("q", "k", "v")}
+
+
+def _attended(body: fx.GraphModule, inside: fx.Node, value: Any) -> tuple[fx.Node, fx.Node]:
+    """The operator's first output, and what the autograd function returns of it: all, or a slice that is all."""
+    (output,) = body.graph.find_nodes(op="output")
+    returned: Any = output.args[0]
+    (result,) = returned[0]
+    source = result
+    if operation_name(result) == "getitem" and result.args[0] is not inside:
+        source, (dots, part) = result.args
+        if dots is not Ellipsis or part != slice(None, value.shape[-1], None):
+            raise Unclear("flash-attn pads the head dimension", "give a head dimension divisible by 8")
+    if operation_name(source) != "getitem" or source.args != (inside, 0):
+        raise Unclear("flash-attn's autograd function returns something other than its attention")
+    return source, result
+
+
+def _check_plain(given: Mapping[str, Any]) -> None:
+    for name, (plain, meaning) in _PLAIN.items():
+        value = given.get(name, plain[0])
+        value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, fx.Node) or value not in plain:
+            raise Unclear(f"{meaning}: flash-attn is called with {name}={value}")
+    if not isinstance(given["causal"], bool):
+        raise Unclear("flash-attn's causal is computed in the graph", "pass True or False")
+    scale, dropout = given["softmax_scale"], constant(given["dropout_p"])
+    if scale is not None and not (is_number(scale) and scale > 0):
+        raise Unclear(f"flash-attn's softmax_scale is {scale}", "give a positive Python number")
+    if not is_number(dropout):
+        raise Unclear("flash-attn's dropout_p is computed in the graph", "give a Python number")

@@ -1,0 +1,206 @@
+"""Find FlexAttention. Changes nothing that the graph computes.
+
+    out = flex_attention(q, k, v, score_mod, (..., mask_mod), scale, ...)[0]    ->  an AttentionCall, or the reason why not
+
+What the two functions do is proved from their own graphs: `score_mod` has to give back the score, and `mask_mod` to be
+`q_idx >= kv_idx`, always true, or either within documents, `doc[b, q_idx] == doc[b, kv_idx]`.
+
+FlexAttention asks `mask_mod` only in the partial blocks of a `BlockMask`: not in its full blocks, and what the lists of blocks
+leave out is never seen. `create_block_mask` makes the lists of the same mask_mod, but `BlockMask.from_kv_blocks` takes any
+(block-sparse attention is written that way, with a mask_mod that is causal or always true). So a mask_mod alone proves
+nothing: the lists have to be proved, too, and they are only where no block_mask was given, when the graph itself makes one
+block of everything. Lists that are inputs of the graph may hold anything, and the call stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .call import AttentionCall, add_calls, fake
+from .elements import ORIGIN, Elements, operation_name
+from .find import module_path, source_line
+from .layouts import only_output
+from .operations import OPERATIONS, is_interpreted
+from .products import Unclear, is_number
+from .regions import Region, regions
+from .symbolic import EVERY, Diagonals, Unproven, as_cases, coordinate
+from .writes import writes_in_place
+
+_KEEP = "use scaled_dot_product_attention with is_causal=True"
+_CAUSAL = Diagonals(((0, float("inf")),))
+_LONGEST = 2**31 - 1  # positions are int32
+_ALL = 1 << 30  # the size of a block that no sequence exceeds, as flex_attention itself takes it
+
+
+def find_flex(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
+    """Add an `AttentionCall` for every `flex_attention`, in graph order."""
+    found, order = [], []
+    for region in regions(gm):
+        for node in region.gm.graph.nodes:
+            order.append(node)
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "flex_attention":
+                found.append(_understood(node, region))
+    add_calls(gm, found, order)
+    return gm
+
+
+def _understood(node: fx.Node, region: Region) -> AttentionCall:
+    call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
+    try:
+        query, key, value, score_mod, block_mask, scale, _, _, captured = node.args
+        call = replace(call, query=query, key=key, value=value)
+        out = only_output(node)
+        if out is None:
+            raise Unclear("flex_attention also returns the log-sum-exp of its scores", "call it without return_lse")
+        _check_score_mod(_body(region, score_mod))
+        lengths = [x.shape[2] if (x := fake(y)) is not None and isinstance(x.shape[2], int) else _LONGEST for y in (query, key)]
+        masked = _mask_mod(_body(region, block_mask[-1]), captured, *lengths)  # type: ignore[index, arg-type]
+        if masked.documents is not None:
+            call = replace(call, documents=masked.documents, is_causal=masked.causal)
+            # What consumes `documents` goes here. Their numbers are an input: that they never fall is still to be checked.
+            raise Unclear("attention stays inside documents (not rewritten yet)")
+        call = replace(call, is_causal=masked.causal)
+        _check_blocks(block_mask, region)
+        if not is_number(scale) or not scale > 0:  # type: ignore[operator]
+            raise Unclear(f"flex_attention's scale is {scale}", "give a positive Python number")
+        heads = [tensor.shape[1] for x in (query, key) if (tensor := fake(x)) is not None]
+        functions: list[Any] = [score_mod, block_mask[-1]]  # type: ignore[index]
+        return replace(
+            call,
+            node=out,
+            scale=scale,
+            enable_gqa=heads[0] is not heads[1] and heads[0] != heads[1],
+            own_nodes=tuple((x, region) for x in (node, *functions)),
+        )
+    except Unclear as why:
+        return call.refuse(why.reason, why.remedy or _KEEP)
+    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+        return call.refuse("flex_attention is called in a way that is not understood", _KEEP)
+
+
+def _body(region: Region, function: Any) -> fx.GraphModule:
+    body = getattr(region.gm, str(function.target))
+    assert isinstance(body, fx.GraphModule)
+    return body
+
+
+def _result(body: fx.GraphModule) -> Any:
+    (output,) = body.graph.find_nodes(op="output")
+    result = output.args[0]
+    return result[0] if isinstance(result, (tuple, list)) else result
+
+
+def _check_score_mod(body: fx.GraphModule) -> None:
+    first, *_ = body.graph.find_nodes(op="placeholder")
+    changes = [node for node in body.graph.nodes if node.op not in ("placeholder", "output")]
+    if changes or _result(body) is not first:
+        steps = ", ".join(node.name for node in changes[:4])
+        raise Unclear(f"flex_attention's score_mod changes scores: {steps or 'it returns something else'}")
+
+
+# --- mask_mod ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Masked:
+    causal: bool
+    documents: fx.Node | None
+
+
+def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns: int) -> _Masked:
+    """What a mask_mod proves to be."""
+    batch, head, row, column, *inner = body.graph.find_nodes(op="placeholder")
+    outer = dict(zip(inner, captured, strict=True))
+    positions = {
+        node: coordinate(name) for node, name in zip((batch, head, row, column), ("b", "h", "i", "j"), strict=True)
+    }
+    sizes = {"b": _LONGEST, "h": _LONGEST, "i": rows, "j": columns}
+    elements = Elements(OPERATIONS, sizes, _as_made, positions)
+    for node in body.graph.nodes:
+        if node.op not in ("placeholder", "output") and (not is_interpreted(node) or writes_in_place(node)):
+            raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: it depends on {node.name}")
+    seen, documents = EVERY, None
+    for condition in _conditions(_result(body)):
+        if (numbers := _same_number(condition, batch, row, column)) is not None:
+            if documents not in (None, outer.get(numbers)) or numbers not in outer:
+                raise Unclear("flex_attention's mask_mod compares two kinds of documents")
+            documents = outer[numbers]
+            continue
+        try:
+            seen = seen & as_cases(elements.at(condition, Region(gm=body), (), condition)).where(bool)
+        except Unproven as why:
+            raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: {why}") from why
+    if seen not in (EVERY, _CAUSAL):
+        (low, high), *others = seen.bands or ((0, 0),)
+        if not others and low == 0 and high >= 0 and seen.bands:
+            raise Unclear(f"sliding window: flex_attention's mask_mod shows each token the last {high + 1:.0f} only")
+        raise Unclear("flex_attention's mask_mod is neither causal nor full")
+    return _Masked(causal=seen == _CAUSAL, documents=documents)
+
+
+def _as_made(node: Any, reader: fx.Node) -> Any:
+    """What a tensor holds where nothing is written in place, which is checked elsewhere."""
+    return node
+
+
+def _conditions(node: Any) -> list[Any]:
+    """The conditions that all have to hold."""
+    if isinstance(node, fx.Node) and operation_name(node) in ("and_", "logical_and", "bitwise_and", "__and__"):
+        return [condition for part in node.args for condition in _conditions(part)]
+    return [node]
+
+
+def _same_number(node: Any, batch: fx.Node, row: fx.Node, column: fx.Node) -> fx.Node | None:
+    """The captured tensor of numbers, in `numbers[b, q_idx] == numbers[b, kv_idx]`."""
+    if not isinstance(node, fx.Node) or operation_name(node) != "eq" or len(node.args) != 2:
+        return None
+    if not all(isinstance(x, fx.Node) and operation_name(x) == "getitem" for x in node.args):
+        return None
+    (left, at), (right, beside) = (x.args for x in node.args)  # type: ignore[union-attr]
+    tensor = fake(left)
+    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.is_floating_point():
+        return None
+    return left if {at, beside} == {(batch, row), (batch, column)} and tensor.dim() == 2 else None
+
+
+# --- its blocks -------------------------------------------------------------------------------------------------------
+
+
+def _check_blocks(block_mask: Any, region: Region) -> None:
+    """Refuse unless the graph itself says that every query's block lists the one block of all keys, as a partial one."""
+    _, _, count, indices, full_count, *_ = block_mask
+    sizes = block_mask[-3:-1]
+    try:
+        if full_count is not None or any(size < _ALL for size in sizes):
+            raise Unproven("its lists of blocks are made elsewhere")
+        for node, expected in ((count, 1), (indices, 0)):
+            tensor = fake(node)
+            if tensor is None or tensor.numel() != 1:
+                raise Unproven("its lists of blocks are made elsewhere")
+            elements = Elements(OPERATIONS, {}, _as_made)
+            found = as_cases(elements.at(node, region, (ORIGIN,) * tensor.dim(), node))
+            if [value for _, value in found.parts] != [expected]:
+                raise Unproven("its lists of blocks are not those of all keys")
+            if set(elements.visited) != {node} or not _only_read(node):
+                raise Unproven("its lists of blocks may be changed in place")
+    except Unproven as why:
+        raise Unclear(
+            f"flex_attention is given a block_mask, which may leave out blocks that its mask_mod shows: {why}", _KEEP
+        ) from why
+
+
+def _only_read(node: fx.Node) -> bool:
+    """Whether a list of blocks is used as flex_attention itself does, which orders it by query under vmap."""
+    for user in node.users:
+        name = getattr(user.target, "__name__", str(user.target))
+        if name in ("_add_batch_dim", "unsqueeze"):
+            if not _only_read(user):
+                return False
+        elif name not in ("flex_attention", "new_zeros", "lt", "where"):
+            return False
+    return True

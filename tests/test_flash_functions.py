@@ -1,0 +1,232 @@
+"""flash-attn's functions, called by a model itself.
+
+flash-attn cannot be built without a GPU, so this is a stand-in: a package of its name with the signatures, custom operators
+and autograd function of its version 2.7, which are what Dynamo traces. Its forward is exact, its backward gives zeros.
+"""
+
+import importlib
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import CONFIG, FIELDS, passes_only
+from test_passes import B, D, G, H, N, only_call
+
+import lighthouse_fx
+
+STAND_IN = '''
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+def _shapes(q):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1]), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
+
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
+             window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), *_shapes(q.transpose(1, 2))
+
+@_forward.register_fake
+def _(q, *args):
+    return torch.empty_like(q), *_shapes(q)
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int,
+            causal: bool) -> Tensor:
+    return q.clone()
+
+@_varlen.register_fake
+def _(q, *args):
+    return torch.empty_like(q)
+
+class FlashAttnFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+                return_softmax, is_grad_enabled):
+        if softmax_scale is None:
+            softmax_scale = q.shape[-1] ** (-0.5)
+        size = q.size(3)
+        if size % 8:
+            q, k, v = (F.pad(x, [0, 8 - size % 8]) for x in (q, k, v))
+        out, lse, probabilities, state = torch.ops.flash_attn._flash_attn_forward(
+            q, k, v, dropout_p, softmax_scale, causal=causal, window_size_left=window_size[0],
+            window_size_right=window_size[1], softcap=softcap, alibi_slopes=alibi_slopes,
+            return_softmax=return_softmax and dropout_p > 0)
+        if is_grad_enabled:
+            ctx.save_for_backward(q, k, v, out, lse, state)
+        result = out[..., :size]
+        return result if not return_softmax else (result, lse, probabilities)
+
+    @staticmethod
+    def backward(ctx, dout, *args):
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *[None] * 9
+
+class FlashAttnVarlenFunc(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, *args):
+        ctx.save_for_backward(q, k, v)
+        return torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, *args)
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *map(torch.zeros_like, ctx.saved_tensors), *[None] * 5
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+                    alibi_slopes=None, deterministic=False, return_attn_probs=False):
+    return FlashAttnFunc.apply(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+                               deterministic, return_attn_probs, torch.is_grad_enabled())
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
+    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
+'''
+
+
+@pytest.fixture(scope="module")
+def flash(tmp_path_factory):
+    """The stand-in, as `import flash_attn` would give it."""
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn itself is installed, and its operators have the same names")
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "flash_attn.py").write_text(STAND_IN)
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module("flash_attn")
+    sys.path.remove(str(folder))
+    del sys.modules["flash_attn"]
+
+
+def qkv(groups=H, size=D):
+    return [torch.randn(B, N, h, size, dtype=torch.float64, requires_grad=True) for h in (H, groups, groups)]
+
+
+def with_gradients(function, tensors):
+    out = function(*tensors)
+    torch.manual_seed(1)
+    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), tensors)
+
+
+def in_graph(flash):
+    own = flash.flash_attn_func  # a copy, as what is allowed stays allowed
+    return torch.compiler.allow_in_graph(types.FunctionType(own.__code__, own.__globals__, own.__name__, own.__defaults__))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("groups", [H, G])
+def test_it_is_the_functional_form(flash, causal, groups):
+    def function(q, k, v):
+        out = flash.flash_attn_func(q, k, v, softmax_scale=0.3, causal=causal, deterministic=True)
+        return out.view(B, N, H * D)  # which needs flash-attn's layout in memory
+
+    def oracle(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = lighthouse_fx.lighthouse_attention(q, k, v, is_causal=causal, scale=0.3, enable_gqa=True, config=CONFIG)
+        return out.transpose(1, 2).reshape(B, N, H * D)
+
+    tensors = qkv(groups)
+    gm, call = only_call(function, *tensors)
+    assert call.refusal is None and call.is_causal is causal
+    assert "autograd_function_apply" not in str(gm.graph)
+    torch._dynamo.reset()
+
+    def backend(gm, example_inputs):
+        return lighthouse_fx.passes.run_passes(gm, example_inputs, config=CONFIG)
+
+    found = with_gradients(torch.compile(function, backend=backend, fullgraph=True), tensors)
+    torch.testing.assert_close(found, with_gradients(oracle, tensors), rtol=1e-10, atol=1e-12)
+
+
+def test_default_scale(flash):
+    _, call = only_call(lambda q, k, v: flash.flash_attn_func(q, k, v, causal=True), *qkv())
+    assert call.refusal is None and call.scale == D**-0.5
+
+
+def test_allowed_in_the_graph(flash):
+    function = in_graph(flash)
+    gm, call = only_call(lambda q, k, v: function(q, k, v, 0.0, 0.3, True), *qkv())
+    assert call.refusal is None and call.is_causal is True and call.scale == 0.3
+    assert "flash_attn" not in str([node.target for node in gm.graph.nodes])
+    _, call = only_call(lambda q, k, v: function(q, k, v, causal=True, window_size=(9, 0)), *qkv())
+    assert "sliding window" in call.refusal.reason
+
+
+OTHER = {
+    "window": ({"causal": True, "window_size": (9, 0)}, "sliding window"),
+    "window without mask": ({"window_size": (9, 9)}, "sliding window"),
+    "soft-capping": ({"softcap": 30.0}, "soft-capping"),
+    "alibi": ({"alibi_slopes": torch.ones(H)}, "ALiBi"),
+    "probabilities": ({"return_attn_probs": True}, "log-sum-exp"),
+    "negative scale": ({"softmax_scale": -1.0}, "softmax_scale is -1.0"),
+}
+
+
+def assert_left(function, tensors, because):
+    graphs = []
+
+    def untouched(gm, _):
+        graphs.append(str(gm.graph))
+        return gm
+
+    torch.compile(function, backend=untouched)(*tensors)
+    torch._dynamo.reset()
+    gm, call = only_call(function, *tensors)
+    assert call.refusal is not None and because in call.refusal.reason, call.refusal
+    assert str(gm.graph) == graphs[0]  # the user's own
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_arguments_are_left(flash, case):
+    arguments, because = OTHER[case]
+
+    def function(q, k, v):
+        out = flash.flash_attn_func(q, k, v, **arguments)
+        return out[0] + out[1].sum() if isinstance(out, tuple) else out
+
+    assert_left(function, qkv(), because)
+
+
+def test_padded_heads_are_left(flash):
+    assert_left(lambda q, k, v: flash.flash_attn_func(q, k, v, causal=True), qkv(size=12), "pads the head dimension")
+
+
+def test_other_lengths_are_left(flash):
+    q, k, v = qkv()
+    assert_left(lambda q, k, v: flash.flash_attn_func(q, k[:, 1:], v[:, 1:]), [q, k, v], "lengths differ")
+
+
+def test_packed_sequences_are_left(flash):
+    ends = torch.tensor([0, 24, N], dtype=torch.int32)
+
+    def function(q, k, v):
+        return flash.flash_attn_varlen_func(q[0], k[0], v[0], ends, ends + 0, 40, 40, True)
+
+    assert_left(function, qkv(), "inside documents")
+
+
+def test_one_tensor_given_twice_breaks_the_graph(flash):
+    # The parts before and after see the operator alone, whose backward is not theirs to change.
+    function = torch.compile(lambda q, v: flash.flash_attn_func(q, q, v, causal=True) * 2, backend=passes_only, options=FIELDS)
+    before = len(lighthouse_fx.reports())
+    q, _, v = qkv()
+    torch.testing.assert_close(function(q, v), flash.flash_attn_func(q, q, v, causal=True) * 2, rtol=0, atol=0)
+    calls = [call for report in lighthouse_fx.reports()[before:] for call in report.calls]
+    assert calls and not any(call.rewritten for call in calls)
+    assert "graph break" in calls[0].reason
+
+
+def test_without_gradients_it_is_left(flash):
+    frozen = [x.detach() for x in qkv()]
+    assert_left(lambda q, k, v: flash.flash_attn_func(q, k, v, causal=True), frozen, "without gradients")
+
+
+def test_a_function_of_another_package_is_left():
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=not causal)
+
+    other = torch.compiler.allow_in_graph(flash_attn_func)
+    assert_left(lambda q, k, v: other(q, k, v, causal=True), qkv(), "is called directly")
