@@ -10,9 +10,11 @@ from .config import LighthouseConfig
 from .documents import documents
 from .functional import lighthouse_attention
 from .journal import reports
+from .profiling import profile
 from .report import AttentionRecord, GraphReport, Report
 from .stage import dense, pretraining
 from .tracing import explain
+from .tuning import tune
 
 __all__ = [
     "AttentionRecord",
@@ -25,6 +27,8 @@ __all__ = [
     "explain",
     "lighthouse_attention",
     "pretraining",
+    "profile",
     "reports",
+    "tune",
 ]
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench, timing
+from . import bench, command_profile, command_tune, timing
 from .config import LighthouseConfig
 
 # (N, k), as in the table of the measured baseline
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lighthouse", description="Lighthouse attention for models that you have.")
     commands = parser.add_subparsers(title="commands", required=True)
     add_bench(commands.add_parser("bench", help="time one attention layer on this machine, beside dense attention"))
+    for command in (command_tune, command_profile):
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -1,7 +1,7 @@
 """What one attention layer costs, predicted from its shape and a card's rates: milliseconds and bytes, without a GPU.
 
-Attention is floating-point operations (SPEC.md, "Cost") at the rate that stock attention reaches; what Lighthouse adds around it
-is the least traffic at the speed of a copy, and the start of its kernels. Four figures are fitted to the measurements in
+Attention is floating-point operations (SPEC.md, "Cost") at the rate that stock attention reaches; what Lighthouse adds around
+it is the least traffic at the speed of a copy, and the start of its kernels. Four figures are fitted to the measurements in
 benchmarks/results (one H100, bf16, 3 levels, pooling 4): the rate of attention, how it falls for short sequences and for narrow
 heads, and how long the kernels take to start. Against those same measurements forward plus backward is off by at most 4% from
 16K tokens on and 13% below, dense attention by 7% and 17%, a layer's memory by 1%; tests/test_tuning.py holds the model to 10%
@@ -52,7 +52,8 @@ class Card:
         for name in ("matmul", "attention", "bandwidth"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} is no rate: give a positive number a second, such as {getattr(H100, name):g}")
+                usual = getattr(H100, name)
+                raise ValueError(f"{name}={value!r} is no rate: give a positive number a second, such as {usual:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
