@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from . import tuning_figures
 from .bench import LayerShape
 from .cost import H100, Card
-from .tuning import tune
+from .tuning import shape_of, tune
 
 _WIDTH = 120  # where there is no terminal, whose width is known
 
@@ -23,10 +24,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("tune", help="recommend levels, pooling and topk for an attention layer")
     parser.description = (
         "Recommends a pyramid: of those whose layer takes at most --share of dense attention's time and fits into --memory, "
-        "the one that keeps the most of the sequence. The likely ones are measured here; with --predict nothing is, and no GPU is "
-        "needed. The exit status is 1 where the layer should stay dense."
+        "the one that keeps the most of the sequence. The likely ones are measured here; with --predict nothing is, and no "
+        "GPU is needed. The exit status is 1 where the layer should stay dense."
     )
     parser.add_argument("length", type=int, metavar="N", help="tokens")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a transformers model, folder or name, for its heads; only its config.json is read"
+    )
     parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads; default: 8")
     parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
     parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension; default: 128")
@@ -44,13 +48,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """`lighthouse tune`: print the table and the recommendation, draw the picture."""
-    shape = LayerShape(
-        length=options.length,
-        heads=options.heads,
-        groups=options.heads if options.groups is None else options.groups,
-        dim=options.dim,
-        dtype=options.dtype,
-    )
+    shape = _shape(options)
     with Console(stderr=True).status("measuring") as status:
         found = tune(
             shape,
@@ -65,6 +63,19 @@ def run(options: argparse.Namespace) -> int:
     if options.picture:
         print(f"written: {found.save_picture(options.picture)}")
     return 0 if found.recommended else 1
+
+
+def _shape(options: argparse.Namespace) -> LayerShape:
+    if options.model is None:
+        groups = options.heads if options.groups is None else options.groups
+        return LayerShape(
+            length=options.length, heads=options.heads, groups=groups, dim=options.dim, dtype=options.dtype
+        )
+    try:
+        library = importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
+    except ImportError as error:
+        raise ImportError("--model needs transformers: pip install transformers, or give --heads and --dim") from error
+    return shape_of(library.AutoConfig.from_pretrained(options.model), options.length, dtype=options.dtype)
 
 
 def _card(options: argparse.Namespace) -> Card | None:

@@ -21,6 +21,7 @@ Step = Callable[[], object]
 
 def layer_step(shape: LayerShape, config: LighthouseConfig, device: torch.device) -> Step:
     """Forward and backward of one attention layer, queries, keys and values as projections leave them."""
+    _check(config)
     dtype = getattr(torch, shape.dtype)
     tokens = [
         torch.randn(1, shape.length, heads, shape.dim, dtype=dtype, device=device, requires_grad=True)
@@ -44,6 +45,7 @@ def llama_step(shape: LayerShape, config: LighthouseConfig, device: torch.device
     Raises:
         ImportError: transformers is not installed.
     """
+    _check(config)
     try:
         library = importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
     except ImportError as error:
@@ -85,6 +87,7 @@ def model_step(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is a {type(model).__name__}: give a Module")
+    _check(config)
     model.train()
     if not any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
         compile(model, config, dense_layers=dense_layers)
@@ -97,6 +100,13 @@ def model_step(
         optimizer.zero_grad()
 
     return step
+
+
+def _check(config: LighthouseConfig) -> None:
+    if config.scorer != "norm":
+        raise ValueError(
+            f"scorer={config.scorer!r} runs attention of its own, which would pass for the model's: profile with scorer='norm'"
+        )
 
 
 def _loss(returned: Any) -> Tensor:

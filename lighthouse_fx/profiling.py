@@ -163,7 +163,7 @@ def _notes(recording: _Recording, layer: AttentionRecord | None) -> tuple[str, .
 
 
 def _layer(calls: Sequence[AttentionRecord]) -> AttentionRecord | None:
-    """The attention that was rewritten, if all of it is alike and causal and its sizes are numbers; None: nobody knows the work.
+    """The attention that was rewritten, if all of it is alike and causal and has sizes that are numbers, else None.
 
     Layers that stay dense are taken to be of the same shape.
     """
@@ -178,7 +178,7 @@ def _layer(calls: Sequence[AttentionRecord]) -> AttentionRecord | None:
 
 
 def _work(part: str, layer: AttentionRecord) -> tuple[float | None, float | None]:
-    """Floating-point operations, or else bytes, of one call: of one kernel for gather and scatter, whose tensors are q, k or v."""
+    """Floating-point operations, or else bytes, of one call; gather is called for q, k and v, so a call is a third of it."""
     batch, heads, length, dim = (int(size) for size in layer.query)
     groups, gathered = int(layer.key[1]), int(layer.gathered or 0)
     row = batch * dim * int(getattr(torch, layer.dtype.removeprefix("torch.")).itemsize)
@@ -217,7 +217,7 @@ def _record(step: Callable[[], object], device: torch.device, steps: int) -> _Re
             "(NVreg_RestrictProfilingToAdminUsers=0 allows it)"
         )
     attributed = attribute_kernels(events) if on_gpu else attribute_ops(events)
-    # A profiler slows a CPU's ops and not a GPU's kernels: so a CPU's parts add up to the profiled time, a GPU's to the time alone.
+    # A profiler slows a CPU's ops, not a GPU's kernels: a CPU's parts add up to the profiled time, a GPU's to the time alone.
     return _Recording(milliseconds=alone if on_gpu else recorded, attributed=tuple(attributed), on_gpu=on_gpu)
 
 

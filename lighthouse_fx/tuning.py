@@ -172,13 +172,16 @@ def candidates(length: int) -> Iterator[LighthouseConfig]:
                 yield config
 
 
-def shape_of(model: nn.Module, length: int) -> LayerShape:
-    """The attention layers of a transformers model, read from its config.
+def shape_of(model: Any, length: int, *, dtype: str | None = None) -> LayerShape:
+    """The attention layers of a transformers model, read from its config, which may also be given itself.
+
+    Args:
+        dtype: by default that of the model's parameters, and bfloat16 where there are none.
 
     Raises:
         ValueError: the model's config does not say how many heads there are.
     """
-    described: Any = getattr(model, "config", None)
+    described: Any = getattr(model, "config", model)
     described = getattr(described, "text_config", described)
     heads = getattr(described, "num_attention_heads", None)
     width = getattr(described, "hidden_size", None)
@@ -187,13 +190,15 @@ def shape_of(model: nn.Module, length: int) -> LayerShape:
             f"model={type(model).__name__} has no config with num_attention_heads and hidden_size: "
             "give a LayerShape(length=..., heads=..., groups=..., dim=...)"
         )
-    dtype = next((p.dtype for p in model.parameters()), torch.bfloat16)
+    if dtype is None:
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        dtype = str(next((p.dtype for p in parameters), torch.bfloat16)).removeprefix("torch.")
     return LayerShape(
         length=length,
         heads=heads,
         groups=getattr(described, "num_key_value_heads", None) or heads,
         dim=getattr(described, "head_dim", None) or width // heads,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
     )
 
 
