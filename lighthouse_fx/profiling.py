@@ -153,7 +153,10 @@ def _parts(recording: _Recording, layer: AttentionRecord | None, steps: int) -> 
 def _notes(recording: _Recording, layer: AttentionRecord | None) -> tuple[str, ...]:
     notes = []
     if not any("attention" in a.part for a in recording.attributed):
-        notes.append("no stock attention kernel was seen, so attention counts as rest")
+        notes.append(
+            "no stock attention kernel was seen, so attention counts as rest"
+            + (", and the gradients of gather and scatter as each other's forward" if recording.on_gpu else "")
+        )
     if layer is None:
         notes.append("attention calls differ in shape or have dynamic ones, so rates are not known")
     return tuple(notes)

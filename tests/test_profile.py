@@ -228,6 +228,24 @@ def test_a_llama_with_dense_layers():
     assert calls(found.dense) == {"dense attention": 6, "dense attention backward": 3}
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_layer_on_a_gpu():
+    shape = LayerShape(length=16_384)
+    step = layer_step(shape, LighthouseConfig(topk=1024), torch.device("cuda"))
+    found = profile(step, steps=3)
+    once = {"attention on S", "attention on S backward", "selection", "scatter", "scatter backward"}
+    after = calls(found.lighthouse)
+    assert {name: n for name, n in after.items() if name != "no kernel"} == {name: 1 for name in once} | {
+        "gather": 3,
+        "gather backward": 3,
+    }
+    assert {"dense attention", "dense attention backward"} <= calls(found.dense).keys()
+    for part in found.lighthouse.parts:
+        if part.operations:
+            assert 0.1 < part.operations / (part.milliseconds / 1000) / found.card.matmul < 1.1
+
+
 @pytest.mark.parametrize("make", [layer_step, llama_step])
 def test_another_scorer_is_refused(make):
     shape = LayerShape(length=64, heads=1, groups=1, dim=8, dtype="float32")
