@@ -1,5 +1,6 @@
 """Which part of a step each kernel belongs to, and profiles of real steps on the CPU."""
 
+import argparse
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs, passes_only
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig
+from lighthouse_fx import LighthouseConfig, command_profile
 from lighthouse_fx.bench import LayerShape
 from lighthouse_fx.cli import main
 from lighthouse_fx.cost import Card
@@ -199,8 +200,11 @@ def test_arguments(arguments, error, words):
 
 @pytest.mark.parametrize("model", ["nothing", "no_such_module_here:f"])
 def test_command_without_a_model(model):
+    parser = argparse.ArgumentParser()
+    command_profile.add_parser(parser.add_subparsers())
+    options = parser.parse_args(["profile", model, "--device", "cpu"])
     with pytest.raises(ValueError, match=rf"MODEL='{model}'.*package\.module:function"):
-        main(["profile", model, "--device", "cpu"])
+        options.run(options)
 
 
 @pytest.mark.slow
