@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
+from ..kernels.torch_private import HigherOrderOperator
 from .call import AttentionCall, add_calls, fake
 from .elements import ORIGIN, Elements, operation_name
 from .find import module_path, source_line
@@ -43,7 +43,7 @@ def find_flex(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any)
     for region in regions(gm):
         for node in region.gm.graph.nodes:
             order.append(node)
-            if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "flex_attention":
+            if isinstance(node.target, HigherOrderOperator) and node.target.name() == "flex_attention":
                 found.append(_understood(node, region))
     add_calls(gm, found, order)
     return gm
