@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from .bench import LayerShape
 from .blocks import compile
 from .config import LighthouseConfig
+from .kernels.torch_private import OptimizedModule
 
 Step = Callable[[], object]
 
