@@ -21,7 +21,7 @@ from . import documents, dynamo, journal, running, stage
 from .config import LighthouseConfig, config_field_names
 from .kernels.torch_private import compile_fx, list_mode_options, list_options, trace_structured
 from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
-from .passes.call import NO_GRADIENTS
+from .passes.call import EXCLUDED, NO_GRADIENTS
 from .passes.check import unmatched
 from .report import GraphReport, as_networkx, mark_calls, record
 from .running import Compiled
@@ -29,6 +29,7 @@ from .running import Compiled
 _log = logging.getLogger("lighthouse_fx")
 
 _DENSE_STAGE = Refusal(reason="the dense stage is on", remedy="leave lighthouse_fx.dense()")
+_EXCLUDED = Refusal(reason="layer excluded: lighthouse_fx.compile keeps its block dense (dense_layers)")
 # While Dynamo compiles, inference mode looks like no_grad: it switches the one off and leaves the other on.
 _WITHOUT_GRADIENTS = Refusal(reason="gradients are off (no_grad or inference_mode)")
 
@@ -52,30 +53,52 @@ def lighthouse(
     config, patches = split_options(options or {})
     if mode is not None:
         patches |= list_mode_options(mode)
-    report, rewritten = rewrite(gm, example_inputs, config)
+    return _compiled(gm, example_inputs, config, patches)
+
+
+def lighthouse_excluded(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend of layers that stay dense in every stage: Inductor alone, but that attention is kept inside documents."""
+    config, patches = split_options(options or {})
+    return _compiled(gm, example_inputs, config, patches, excluded=_EXCLUDED)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: LighthouseConfig,
+    patches: dict[str, Any],
+    excluded: Refusal | None = None,
+) -> Compiled:
+    report, rewritten = rewrite(gm, example_inputs, config, excluded)
     calls: Sequence[AttentionCall] = rewritten.meta[CALLS]
     gradients = torch.is_grad_enabled()
     modules = dynamo.Modules(rewritten)
     around = [module for call in calls if not gradients for _, module in modules.around(call.node)]
     example_inputs = [*example_inputs, *documents.example_of(rewritten)]
     compiled = cast(Compiled, compile_fx(rewritten, example_inputs, config_patches=patches))
-    compiled = documents.supplied(compiled, rewritten, stage.current.resolve(config) or config)
+    compiled = documents.heeded(compiled, rewritten, report.calls, stage.current.resolve(config) or config)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
-    if not any(call.rewritable for call in calls):
+    if not any(call.exact or call.rewritable for call in calls):
         return running.noted(compiled, report.calls) if calls else compiled
     if gradients:
-        return running.staged(compiled, report.calls, config)
+        return running.staged(compiled, report.calls, config if any(call.rewritable for call in calls) else None)
     would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
     return running.without_gradients(compiled, report.calls, around, rewritten=would)
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], own: LighthouseConfig
+    gm: fx.GraphModule, example_inputs: Sequence[Any], own: LighthouseConfig, excluded: Refusal | None = None
 ) -> tuple[GraphReport, fx.GraphModule]:
     """Guard the graph, run the passes and record what they did.
 
     Args:
         own: the backend's own options, which the stage may override.
+        excluded: why the whole graph stays dense, whatever the stage says.
     """
     _artifact("before", gm)
     config = stage.current.resolve(own)
@@ -88,15 +111,20 @@ def rewrite(
     if config is None:
         gm.meta[DENSE] = _DENSE_STAGE
     before = as_networkx(gm)
-    gm = documents.with_input(gm)
+    if excluded is not None:
+        gm.meta[EXCLUDED] = excluded
+    gm = documents.prepared(gm)
     gm = run_passes(gm, example_inputs, config=config or own)
     del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
     calls = gm.meta[CALLS]
-    documents.settle_input(gm, calls)
-    if gradients and any(call.rewritable for call in calls):  # Dynamo guards on the gradient mode
+    documents.settle_input(gm)
+    exact, rewritable = any(call.exact for call in calls), any(call.rewritable for call in calls)
+    if exact or rewritable:
+        dynamo.guard_on_documents()
+    if (gradients and rewritable) or (exact and stage.packed):  # Dynamo guards on the gradient mode
         dynamo.guard_on_stage()
-        if config is not None:
-            _report_unmatched(config, modules, calls)
+    if gradients and rewritable and config is not None:
+        _report_unmatched(config, modules, calls)
     modules.name_nodes(gm)  # the new ones
     before = mark_calls(before, calls)
     report = GraphReport(calls=tuple(map(record, calls)), before=before, after=as_networkx(gm, calls))

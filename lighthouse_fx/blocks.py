@@ -1,7 +1,8 @@
 """`compile(model)`: compile a model's repeated blocks in place, the documented default.
 
 Block by block is how large models are compiled (one graph for all equal blocks, and what FSDP2 needs). A block's graph
-does not know its number, so layers stay dense by being compiled with Inductor alone. Each Lighthouse block notes at every
+does not know its number, so layers stay dense by being compiled with a backend that rewrites nothing, and only keeps their
+attention inside documents where these are on. Each Lighthouse block notes at every
 training step whether its attention really was rewritten, because PyTorch may stop compiling without an error.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from . import journal, stage
-from .backend import split_options
+from .backend import lighthouse_excluded, split_options
 from .config import LighthouseConfig, config_field_names
 from .kernels.torch_private import dynamo_config, list_mode_options
 from .passes.call import Layer
@@ -37,7 +38,7 @@ def compile(
     strict: bool = True,
     **compile_arguments: Any,
 ) -> Model:
-    """Compile the model's repeated blocks in place with `backend="lighthouse"`, some with Inductor alone.
+    """Compile the model's repeated blocks in place with `backend="lighthouse"`, some of them dense.
 
     Args:
         config: the backend's options, `LighthouseConfig()` by default.
@@ -68,10 +69,11 @@ def compile(
     dense = _dense(config, list(names.values()))
     arguments, inductor = _arguments(compile_arguments, len(names))
     ours = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "dense_layers"}
+    of_documents = {name: ours[name] for name in ("kernel", "max_documents", "assume_causal")}
     watch = _Watch([name for name in names.values() if name not in dense], strict=strict)
     for block, name in names.items():
         if name in dense:
-            block.compile(backend="inductor", options=inductor or None, **arguments)
+            block.compile(backend=lighthouse_excluded, options={**of_documents, **inductor}, **arguments)
         else:
             block.compile(backend="lighthouse", options={**ours, **inductor}, **arguments)
             block._compiled_call_impl = _WatchedCall(block, name, watch)

@@ -4,14 +4,15 @@
         loss = model(tokens); loss.backward()
 
 The compiled graph gets one more input, where each token's document begins, and its wrapper supplies it from here; so nothing
-about the documents is baked into the graph but their shape `[B, N]`, which a guard on the stage's key includes. What is
-computed: `kernels/documents.py`.
+about the documents is baked into the graph, which is guarded on nothing but whether there are any. What is computed:
+`kernels/documents.py`; attention that stays dense by choice (excluded layers, the dense stage, evaluation, short sequences) is
+kept inside documents, too, on all tokens.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor, fx
 from . import dynamo, stage
 from .config import LighthouseConfig
 from .kernels.documents import crowded_out, starts_of
-from .passes.call import DOCUMENTS, AttentionCall
+from .passes.call import DOCUMENTS, PACKED
 from .passes.check import pyramid_over
+from .passes.document_input import sizes_when_run
+from .report import AttentionRecord
 
 
 def starts_from(
@@ -53,28 +56,37 @@ def starts_from(
 
 
 class Documents:
-    """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins."""
+    """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins.
+
+    On are the documents entered last among those not left yet, in whichever order they are left. `alone`: each row is known to
+    be one document. That is no documents at all, and the undivided row has faster kernels.
+    """
 
     def __init__(self, starts: Tensor) -> None:
         self.starts = starts
+        self.alone = starts.device.type == "cpu" and not bool(starts.any())
         self._copies = {starts.device: starts}
         self._checked: set[LighthouseConfig] = set()
-        self._before: list[Documents | None] = []
 
     def __enter__(self) -> Documents:
         if torch.compiler.is_compiling():
             raise RuntimeError("documents() was entered inside a compiled function: enter it around the compiled call")
-        self._before.append(stage.documents)
-        # One document in each row is no documents at all, and the undivided row has faster kernels.
-        alone = self.starts.device.type == "cpu" and not bool(self.starts.any())
-        stage.enter_documents(None if alone else self)
+        stage.enter_documents(self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        stage.enter_documents(self._before.pop())
+        stage.leave_documents(self)
 
     def __str__(self) -> str:
         return f"documents {list(self.starts.shape)}"
+
+    def same_as(self, other: Documents | None) -> bool:
+        """Whether these are the same documents, as far as that is known without waiting for a GPU."""
+        if other is None or self is other:
+            return other is not None
+        if {self.starts.device.type, other.starts.device.type} == {"cpu"}:
+            return torch.equal(self.starts, other.starts)
+        return self.starts is other.starts
 
     def on(self, device: torch.device) -> Tensor:
         """`starts` on a device; copied there once."""
@@ -112,8 +124,9 @@ def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None =
 
     Give tensors on the CPU, as a data loader makes them: then, without waiting for a GPU, windows that the budget cannot
     expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context.
-    Attention that stays dense does not know of it (a warning says so): there the model's own mask has to do it. What is
-    computed: README, "Packed documents".
+    Dense attention stays inside documents as well, in excluded layers, the dense stage and evaluation. Only attention that the
+    backend cannot rewrite at all does not (a warning says so): there the model's own mask has to do it. What is computed:
+    README, "Packed documents".
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
@@ -124,42 +137,24 @@ def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None =
 # --- in a graph -------------------------------------------------------------------------------------------------------
 
 
-def with_input(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph that has the documents that are on as its last input, for the passes: `gm.meta[DOCUMENTS]`.
+def prepared(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph that the passes may give the documents that are on as an input (`passes/document_input.py`).
 
     A copy, because Dynamo loads what its own graph has as inputs. Without documents, the graph itself.
     """
     if stage.documents is None:
         return gm
     gm = dynamo.copied(gm)
-    tensors = [value for node in gm.graph.nodes if isinstance(value := node.meta.get("example_value"), Tensor)]
-    device = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
-    last = list(gm.graph.find_nodes(op="placeholder"))[-1:]
-    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before():
-        node = gm.graph.placeholder("lighthouse_documents")
-    node.meta["example_value"] = dynamo.as_fake(stage.documents.on(device))
-    node._dynamo_source = None  # no variable of the user's: AOTAutograd asks for the attribute
-    gm.meta[DOCUMENTS] = node
+    gm.meta[PACKED] = tuple(stage.documents.starts.shape)
     return gm
 
 
-def settle_input(gm: fx.GraphModule, calls: tuple[AttentionCall, ...]) -> None:
-    """After the passes: drop the input where nobody uses it, and warn of attention that does not know of documents."""
+def settle_input(gm: fx.GraphModule) -> None:
+    """After the passes: drop the input where nobody uses it."""
+    gm.meta.pop(PACKED, None)
     node = gm.meta.get(DOCUMENTS)
     if node is None:
         return
-    unaware = [
-        call
-        for call in calls
-        if call.refusal and call.mask is call.unproved is None and call.documents in (None, node)
-    ]
-    if unaware:
-        which = ", ".join(dict.fromkeys(call.module or call.source or "a call" for call in unaware))
-        warnings.warn(
-            f"documents() is on, and attention that stays dense does not heed it ({which}): there the model's own mask has "
-            "to keep documents apart; lighthouse_fx.reports() says why each stays dense",
-            stacklevel=2,
-        )
     if not node.users:
         gm.graph.erase_node(node)
         del gm.meta[DOCUMENTS]
@@ -171,17 +166,52 @@ def example_of(gm: fx.GraphModule) -> list[Tensor]:
     return [gm.meta[DOCUMENTS].meta["example_value"]] if DOCUMENTS in gm.meta else []
 
 
-def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig) -> Callable[..., Any]:
-    """A compiled graph that gets the documents that are on as its last input, if it has that input."""
-    if DOCUMENTS not in gm.meta:
+def heeded(
+    compiled: Callable[..., Any], gm: fx.GraphModule, calls: Sequence[AttentionRecord], config: LighthouseConfig
+) -> Callable[..., Any]:
+    """A compiled graph that gets the documents that are on, if it has an input for them, and warns of calls that ignore them.
+
+    Such calls are the same with documents and without, so only the run can tell.
+    """
+    takes = DOCUMENTS in gm.meta
+    unaware = [call for call in calls if not call.rewritten and not call.inside_documents]
+    if takes:
+        compiled = _supplied(compiled, gm, config, selects=any(call.rewritten for call in calls))
+    if not unaware:
         return compiled
-    device = gm.meta[DOCUMENTS].meta["example_value"].device
+    which = ", ".join(dict.fromkeys(call.module or call.source or "a call" for call in unaware))
+    warned = False
+
+    def run(*args: Any) -> Any:
+        nonlocal warned
+        if stage.packed and not warned:
+            warned = True
+            warnings.warn(
+                f"documents() is on, and attention that stays dense does not heed it ({which}): there the model's own mask "
+                "has to keep documents apart; lighthouse_fx.reports() says why each stays dense",
+                stacklevel=2,
+            )
+        return compiled(*args)
+
+    return run
+
+
+def _supplied(
+    compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig, *, selects: bool
+) -> Callable[..., Any]:
+    device, sizes = gm.meta[DOCUMENTS].meta["example_value"].device, sizes_when_run(gm)
 
     def run(*args: Any) -> Any:
         on = stage.documents
         if on is None:
             raise RuntimeError("this graph was compiled inside documents() and runs outside: keep the backward inside, too")
-        on.check(config)
+        if tuple(on.starts.shape) != (shape := sizes(args)):
+            raise ValueError(
+                f"documents() has documents of {list(on.starts.shape)} tokens, and attention has queries of {list(shape)}: "
+                "give [batch, tokens] of the batch that the model gets"
+            )
+        if selects:
+            on.check(config)
         return compiled(*args, on.on(device))
 
     return run

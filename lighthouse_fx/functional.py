@@ -42,7 +42,8 @@ def lighthouse_attention(
         scale: factor on the scores, `1/sqrt(D)` by default.
         enable_gqa: allow `G < H`, grouped-query attention; `H % G` must be 0.
         dropout_p: probability of dropping an attention weight in the gathered sub-sequence.
-        documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside.
+        documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside. Runs of
+            equal numbers are documents, so `[1, 0, 1]` is three.
         score_query: `[B, H, N, *]`, what the `norm` scorer reads in place of query; score_key: `[B, G, N, *]`. Where a norm
             makes all queries and keys equally long (QK-norm), give them as they were before it. No gradient flows here.
         config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept`, `dense_layers` and `assume_causal`

@@ -48,6 +48,7 @@ class AttentionRecord:
         scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
             configuration's, "" where it reads query and key as they are.
         assumed: whether it is rewritten because its mask is assumed to be causal (`assume_causal`), and checked in every step.
+        inside_documents: whether it stays inside documents: those of `documents(...)`, rewritten or dense, or its own mask's.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -68,6 +69,7 @@ class AttentionRecord:
     scorer: str = ""
     scored: str = ""
     assumed: bool = False
+    inside_documents: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,7 +210,8 @@ class Report:
 
 def _row(call: AttentionRecord) -> tuple[str, ...]:
     """One call's cells, in the order of `_COLUMNS`."""
-    outcome = "yes" if call.rewritten else f"no: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
+    kept = ", kept inside documents" if call.inside_documents else ""
+    outcome = "yes" if call.rewritten else f"no{kept}: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
     return (
         call.module or "-",
         _short_source(call.source),
@@ -240,7 +243,7 @@ def record(call: AttentionCall) -> AttentionRecord:
         key=_shape(key),
         value=_shape(value),
         dtype=str(query.dtype).removeprefix("torch.") if query is not None else "",
-        is_causal=call.is_causal is True and not (call.refusal and call.unproved is not None),
+        is_causal=call.is_causal is True and (call.replaced or call.unproved is None),
         length=_size(length),
         gathered=_size(gathered),
         flops_share=share,
@@ -250,7 +253,8 @@ def record(call: AttentionCall) -> AttentionRecord:
         scorer=call.scorer if call.refusal is None else "",
         scored=call.scored if call.refusal is None else "",
         ops=serving(query.device) if query is not None and call.refusal is None else "",
-        assumed=call.refusal is None and call.unproved is not None,
+        assumed=call.replaced and call.unproved is not None,
+        inside_documents=call.documents is not None,
     )
 
 

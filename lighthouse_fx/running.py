@@ -37,8 +37,12 @@ def noted(compiled: Compiled, calls: Sequence[AttentionRecord]) -> Compiled:
     return run
 
 
-def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: LighthouseConfig) -> Compiled:
-    """A graph that another stage would compile differently; `own` are the backend's own options."""
+def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: LighthouseConfig | None) -> Compiled:
+    """A graph that another stage, or documents, would compile differently.
+
+    Args:
+        own: the backend's own options; None where the stage makes no difference.
+    """
 
     def run(*args: Any) -> Any:
         checkpoints = list(_checkpoints())
@@ -47,12 +51,12 @@ def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: Lighthouse
                 _forwards[forward] = stage.current, stage.documents
                 continue
             before, documents = _forwards.get(forward, (stage.current, stage.documents))
-            if documents is not stage.documents:
+            if documents is not stage.documents and not (documents and documents.same_as(stage.documents)):
                 raise RuntimeError(
                     "activation checkpointing runs a forward again under other documents: call backward() inside the same "
                     "documents() block as the forward"
                 )
-            if before.resolve(own) != stage.current.resolve(own):
+            if own is not None and before.resolve(own) != stage.current.resolve(own):
                 raise RuntimeError(
                     f"activation checkpointing runs a forward of the stage {before} again in the stage {stage.current}, so "
                     "the gradients would belong to another function than the loss: call backward() inside the same "

@@ -2,8 +2,8 @@
 
 `pretraining(...)` and `dense()` set the stage for the whole process, all threads, as long as they last. A compiled model
 guards on `key`, so that a change of stage recompiles once and going back finds the graph compiled before. The state is
-this module's names, because a guard can reach a module attribute from any frame. So is `documents`, the documents that are
-on (`documents.py`), of which the key says the shape.
+this module's names, because a guard can reach a module attribute from any frame. So are `documents`, the documents that are
+on (`documents.py`), and `packed`, whether there are any: which ones, no graph depends on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .documents import Documents
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Entered = TypeVar("Entered")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,9 @@ class Stage:
 _DEFAULT = Stage(kind="default")
 _entered: list[tuple[Context, Stage]] = []  # contexts that are on, the one entered last at the end
 current = _DEFAULT
+_packed: list[Documents] = []  # likewise
 documents: Documents | None = None
+packed = False
 key = str(current)
 
 
@@ -87,9 +90,7 @@ class Context(ContextDecorator):
         _update()
 
     def __exit__(self, *error: object) -> None:
-        last = max(place for place, (context, _) in enumerate(_entered) if context is self)
-        del _entered[last]
-        _update()
+        _leave(_entered, lambda entered: entered[0] is self)
 
 
 def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> Context:
@@ -125,14 +126,25 @@ def dense() -> Context:
     return Context(Stage(kind="dense"))
 
 
-def enter_documents(entered: Documents | None) -> None:
-    """Make these the documents that are on."""
-    global documents
-    documents = entered
+def enter_documents(entered: Documents) -> None:
+    """Make these the documents that are on, until they are left or others are entered."""
+    _packed.append(entered)
+    _update()
+
+
+def leave_documents(left: Documents) -> None:
+    """Take these back: on are those entered last among the others, in whichever order they are left."""
+    _leave(_packed, lambda entered: entered is left)
+
+
+def _leave(entered: list[Entered], is_left: Callable[[Entered], bool]) -> None:
+    del entered[max(place for place, one in enumerate(entered) if is_left(one))]
     _update()
 
 
 def _update() -> None:
-    global current, key
+    global current, key, documents, packed
     current = _entered[-1][1] if _entered else _DEFAULT
-    key = str(current) if documents is None else f"{current}, {documents}"
+    key = str(current)
+    documents = _packed[-1] if _packed and not _packed[-1].alone else None
+    packed = documents is not None

@@ -1,4 +1,5 @@
-"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, score, rewrite, clean up.
+"""The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, score,
+rewrite, clean up.
 
 Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
 """
@@ -15,6 +16,7 @@ from lighthouse_fx.config import LighthouseConfig
 from .by_hand import find_by_hand
 from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
 from .check import check_attention
+from .document_input import add_document_input
 from .find import find_attention
 from .flash_functions import find_flash_functions
 from .flex import find_flex
@@ -30,6 +32,7 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_flex,
     find_flash_functions,
     prove_masks,
+    add_document_input,
     check_attention,
     undo_repeated_heads,
     score_raw,

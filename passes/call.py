@@ -19,6 +19,8 @@ from .regions import Region
 CALLS = "lighthouse_calls"
 NO_GRADIENTS = "lighthouse_no_gradients"  # a Refusal: the whole graph is traced without gradients
 DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
+EXCLUDED = "lighthouse_excluded"  # a Refusal: the whole graph is a layer that stays dense, in every stage
+PACKED = "lighthouse_packed"  # (B, N): documents of this shape are on, and the graph may have an input for them
 DOCUMENTS = "lighthouse_documents"  # a placeholder of int32 [B, N]: where each token's document begins, for every call
 LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
 TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
@@ -74,6 +76,8 @@ class AttentionCall:
     each token's document, which never falls along a row.
     `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
     the call's own, and `scored` says what it reads or why it is another than the configuration's, "" where nothing is special.
+    `exact`: attention over one sequence that the passes could compute otherwise; only policy keeps it as it is. Such a call,
+    left dense, is `kept_inside` documents where these are on: the same attention, inside each document.
     `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
     `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
     """
@@ -103,9 +107,16 @@ class AttentionCall:
     score_key: fx.Node | None = None
     scorer: str = ""
     scored: str = ""
+    exact: bool = False
     rewritable: bool = False
+    kept_inside: bool = False
     gathered: Any = None
     refusal: Refusal | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether other nodes take its place in the graph."""
+        return self.refusal is None or self.kept_inside
 
     def refuse(self, reason: str, remedy: str = "") -> AttentionCall:
         """This call, left dense."""

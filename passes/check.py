@@ -22,8 +22,10 @@ from .call import (
     CALLS,
     DENSE,
     DOCUMENTS,
+    EXCLUDED,
     LAYERS,
     NO_GRADIENTS,
+    PACKED,
     TRAINING,
     AttentionCall,
     Layer,
@@ -45,7 +47,10 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     layer = gm.meta.get(LAYERS, lambda node: None)
     data = _data_behind(gm) if gm.meta[CALLS] else {}
     for_each_call(gm, lambda call: _supported(call, data))
-    for_each_call(gm, lambda call: _in_documents(call, gm.meta.get(DOCUMENTS), config))
+    for_each_call(gm, lambda call: replace(call, exact=call.doubt is None or config.assume_causal))
+    for_each_call(gm, lambda call: _in_documents(call, gm.meta.get(DOCUMENTS), config, asked=PACKED in gm.meta))
+    if excluded := gm.meta.get(EXCLUDED):  # in every stage and mode, so before what depends on these
+        for_each_call(gm, lambda call: replace(call, refusal=excluded))
     if (without := gm.meta.get(NO_GRADIENTS)) is None:
         for_each_call(gm, lambda call: _trains(call, trains))
     for_each_call(gm, lambda call: replace(call, rewritable=True))
@@ -57,6 +62,7 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     for_each_call(gm, lambda call: _worthwhile(call, config, guard=without is None))
     if without is not None:  # last, so that it is left to calls that would be rewritten but for this
         for_each_call(gm, lambda call: replace(call, refusal=without))
+    gm.meta[CALLS] = tuple(_kept_inside(call, gm.meta.get(DOCUMENTS)) for call in gm.meta[CALLS])
     return gm
 
 
@@ -156,22 +162,32 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
     return call
 
 
-def _in_documents(call: AttentionCall, given: fx.Node | None, config: LighthouseConfig) -> AttentionCall:
+def _in_documents(
+    call: AttentionCall, given: fx.Node | None, config: LighthouseConfig, *, asked: bool
+) -> AttentionCall:
     """Whether attention can be kept inside documents, where that is asked for, by the graph or by `documents(...)`."""
-    if call.documents is None:
-        call = replace(call, documents=given)
-    if call.documents is None:
+    if call.documents is None and not asked:
         return call
+    call = replace(call, documents=call.documents or given)
     query, value, numbers = fake(call.query), fake(call.value), fake(call.documents)
-    assert query is not None and value is not None and numbers is not None, "checked before"
+    assert query is not None and value is not None, "checked before"
     reason = document_problem(query, value, config.kernel)
     if not call.is_causal:
         reason = "attention that is not causal is not kept inside documents"
+    elif numbers is None:
+        reason = "its batch or length does not follow from the shapes of the graph's inputs, so documents may not fit it"
     elif tuple(numbers.shape) != (query.shape[0], query.shape[2]):
         reason = f"the documents are of {list(numbers.shape)} tokens, its queries of {[query.shape[0], query.shape[2]]}"
     elif numbers.device != query.device:
         reason = f"the documents are on {numbers.device}, its queries on {query.device}"
     return replace(call, documents=None).refuse(reason) if reason else call
+
+
+def _kept_inside(call: AttentionCall, given: fx.Node | None) -> AttentionCall:
+    """A call that stays dense by policy is still kept inside documents; what is not exact knows nothing of them."""
+    if call.refusal is None or given is None or call.documents is not given:
+        return call
+    return replace(call, kept_inside=True) if call.exact else replace(call, documents=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,13 +23,13 @@ from .writes import writes_in_place
 
 
 def remove_leftovers(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Erase the unused nodes among those that built rewritten calls, their masks and repeated heads, across subgraphs, too.
+    """Erase the unused nodes among those that built replaced calls, their masks and repeated heads, across subgraphs, too.
 
     Of calls that stay dense, what the passes themselves put into the graph: it is the user's own again.
     """
     candidates: dict[fx.Node, Region] = {}
     for call in gm.meta[CALLS]:
-        if call.refusal is None:
+        if call.replaced:
             candidates |= dict(call.mask_nodes) | dict(call.repeat_nodes) | dict(call.own_nodes)
         candidates |= dict.fromkeys(call.views, call.region)
     touched = set()

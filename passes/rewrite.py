@@ -19,13 +19,15 @@ where the mask is applied, which in attention by hand is before its output.
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
-each token's document begins.
+each token's document begins. A call that stays dense and is kept inside documents becomes that alone, on all tokens:
+    inner   = lighthouse_fx.attention_in_documents(q, k, v, arange(N), starts, ...)
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,10 @@ REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call
 
 
 def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
-    """Replace each accepted call by select, three gathers, `scaled_dot_product_attention` on S entries, and scatter."""
+    """Replace each accepted call by select, three gathers, `scaled_dot_product_attention` on S entries, and scatter.
+
+    Of the others, replace those that are kept inside documents by attention inside documents.
+    """
     changed = []
     if any(call.refusal is None and call.scorer == "gla" and _on_gpu(call) for call in gm.meta[CALLS]):
         require_fla()
@@ -57,7 +62,7 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
         require_package(config.kernel)
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
-        if call.refusal is None:
+        if call.replaced:
             _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
@@ -94,6 +99,8 @@ def _rewrite(
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
+    if call.kept_inside:
+        config = replace(config, levels=1)  # all tokens are entries
     pyramid = pyramid_of(call, config)
     batch, groups = fakes[k].shape[:2]
 
@@ -129,13 +136,19 @@ def _rewrite(
             fakes[call.documents] = call.documents.meta["example_value"]
             like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
             starts = (function(_OPS.document_starts.default, call.documents, value=like),)
-        selection = function(
-            _OPS.select.default,
-            call.score_query or q, call.score_key or k, v, levels, pooling, config.topk, config.quota or 0, config.keep_first,
-            call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
-            value=index_tensors,
-        )  # fmt: skip
-        entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
+        if call.kept_inside:
+            places = empty(k, pyramid.gathered, dtype=torch.int32)
+            entries = function(torch.arange, length, dtype=torch.int32, device=places.device, value=places)
+            counts = [add("size", (k, dim), {}, fakes[k].shape[dim], "call_method") for dim in (0, 1)]
+            entries = add("expand", (entries, *counts, -1), {}, index_tensors[0], "call_method")
+        else:
+            selection = function(
+                _OPS.select.default,
+                call.score_query or q, call.score_key or k, v, levels, pooling, config.topk, config.quota or 0,
+                config.keep_first, call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
+                value=index_tensors,
+            )  # fmt: skip
+            entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
         if call.unproved is not None:
             zero, form = empty(k, dtype=torch.int32), call.score_mask
             with graph.inserting_before(form.node if form else node):  # later, something else may have been written to it
@@ -144,7 +157,7 @@ def _rewrite(
                     mask = function(torch.logical_not, mask, value=torch.logical_not(mask.meta["example_value"]))
                 check = function(_OPS.check_causal.default, mask, mask_users, REVISION, value=zero)
             entries = function(operator.add, entries, check, value=index_tensors[0])
-        gathered = [
+        gathered = (q, k, v) if call.kept_inside else [
             function(
                 _OPS.gather.default,
                 x, entries, slots, levels, pooling, REVISION,
@@ -171,7 +184,7 @@ def _rewrite(
                 resolved(out.device, config.kernel),
                 value=attended,
             )  # fmt: skip
-        result = function(
+        result = inner if call.kept_inside else function(
             _OPS.scatter.default,
             inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
             value=out,

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lighthouse_fx import LighthouseConfig, journal
 from lighthouse_fx.backend import rewrite, split_options
-from lighthouse_fx.documents import supplied
+from lighthouse_fx.documents import heeded
 from lighthouse_fx.running import noted
 
 FIELDS = {"levels": 3, "pooling": 2, "topk": 8}
@@ -85,7 +85,7 @@ def passes_only(gm, example_inputs, *, options=None):
     config = split_options(options or {})[0]
     report, gm = rewrite(gm, example_inputs, config)
     journal.add(report)
-    return noted(supplied(gm, gm, config), report.calls)
+    return noted(heeded(gm, gm, report.calls, config), report.calls)
 
 
 def gradients(model, x):
