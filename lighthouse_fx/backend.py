@@ -29,7 +29,7 @@ from .running import Compiled
 _log = logging.getLogger("lighthouse_fx")
 
 _DENSE_STAGE = Refusal(reason="the dense stage is on", remedy="leave lighthouse_fx.dense()")
-_EXCLUDED = Refusal(reason="layer excluded: lighthouse_fx.compile keeps its block dense (dense_layers)")
+EXCLUDED_BY_COMPILE = "layer excluded: lighthouse_fx.compile keeps its block dense (dense_layers)"
 # While Dynamo compiles, inference mode looks like no_grad: it switches the one off and leaves the other on.
 _WITHOUT_GRADIENTS = Refusal(reason="gradients are off (no_grad or inference_mode)")
 
@@ -64,7 +64,7 @@ def lighthouse_excluded(
 ) -> Compiled:
     """The backend of layers that stay dense in every stage: Inductor alone, but that attention is kept inside documents."""
     config, patches = split_options(options or {})
-    return _compiled(gm, example_inputs, config, patches, excluded=_EXCLUDED)
+    return _compiled(gm, example_inputs, config, patches, excluded=Refusal(reason=EXCLUDED_BY_COMPILE))
 
 
 def _compiled(
@@ -85,8 +85,9 @@ def _compiled(
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.exact or call.rewritable for call in calls):
         return running.noted(compiled, report.calls) if calls else compiled
-    if gradients:
-        return running.staged(compiled, report.calls, config if any(call.rewritable for call in calls) else None)
+    rewritable = any(call.rewritable for call in calls)
+    if gradients or not rewritable:
+        return running.staged(compiled, report.calls, config if rewritable else None)
     would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
     return running.without_gradients(compiled, report.calls, around, rewritten=would)
 

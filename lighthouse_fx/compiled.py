@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .backend import split_options
+from .backend import EXCLUDED_BY_COMPILE, lighthouse_excluded, split_options
 from .config import LighthouseConfig
 from .kernels.torch_private import DynamoContext, OptimizedModule
 from .passes.find import clean_path
@@ -71,12 +71,16 @@ def setting_of(model: Callable[..., Any]) -> Setting:
             "know their place in the model: give it to lighthouse_fx.compile(model, dense_layers=...)"
         )
     dense = {
-        path: "not compiled, while other modules are" if part is None else f"compiled with {part}"
+        path: "not compiled, while other modules are" if part is None else _why_dense(part)
         for path, part in known
         if part is None or part.backend != "lighthouse"
     }
     config = replace(configs[0], dense_layers=(*configs[0].dense_layers, *dense))
     return Setting(config=config, dynamic=ours[0][1].dynamic, compiled=True, dense=dense, notes=tuple(notes))
+
+
+def _why_dense(part: Compilation) -> str:
+    return EXCLUDED_BY_COMPILE if part.backend == lighthouse_excluded.__name__ else f"compiled with {part}"
 
 
 def _parts(model: nn.Module) -> list[tuple[str, Compilation | None]]:

@@ -46,6 +46,7 @@ from .find import is_attention
 from .regions import Region, brought
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
+_TOKEN_LAYOUT = (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2)))  # as scatter's: models may view it
 _OPS = torch.ops.lighthouse_fx
 REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call that a node belongs to
 
@@ -189,7 +190,7 @@ def _rewrite(
             inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
             value=out,
         )  # fmt: skip
-        for method, arguments in call.steps:
+        for method, arguments in (*(_TOKEN_LAYOUT if call.kept_inside else ()), *call.steps):
             out = getattr(out, method)(*arguments)
             result = add(method, (result, *arguments), {}, out, "call_method")
     node.replace_all_uses_with(result)
