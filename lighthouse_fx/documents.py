@@ -187,8 +187,8 @@ def heeded(
         if stage.packed and not warned:
             warned = True
             warnings.warn(
-                f"documents() is on, and attention that is left as it is does not heed it ({which}): there the model's own mask "
-                "has to keep documents apart; lighthouse_fx.reports() says why each stays so",
+                f"documents() is on, and attention that is left as it is does not heed it ({which}): there the model's own "
+                "mask has to keep documents apart; lighthouse_fx.reports() says why each stays so",
                 stacklevel=2,
             )
         return compiled(*args)
