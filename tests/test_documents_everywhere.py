@@ -95,11 +95,12 @@ def test_dense_by_choice(around, options, reason, attend, checkpointing):
     assert len(calls) == 2 and all(reason in call.reason and call.inside_documents and not call.rewritten for call in calls)
 
 
+@pytest.mark.parametrize("attend", [causal, by_hand])
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_evaluation(gradients, before):
+def test_evaluation(gradients, before, attend):
     """In `eval()` with gradients and without, also where the graph was first compiled outside."""
-    model, x = Model(2).double().eval(), inputs(dtype=torch.float64)
+    model, x = Model(2, attend).double().eval(), inputs(dtype=torch.float64)
     run = compiled(model)
     with torch.set_grad_enabled(gradients):
         if before:
@@ -107,6 +108,19 @@ def test_evaluation(gradients, before):
         with lighthouse_fx.documents(NUMBERS):
             torch.testing.assert_close(run(x), twin(model, dense_inside(NUMBERS))(x))
         torch.testing.assert_close(run(x), model(x))  # and outside it is the model's own
+
+
+@pytest.mark.gpu
+def test_the_dense_stage_and_evaluation_on_a_gpu():
+    model = Model(2).cuda()
+    run, x, numbers = compiled(model, "lighthouse"), inputs().cuda(), NUMBERS.cuda()
+    oracle = twin(model, dense_inside(numbers)).cuda()
+    with lighthouse_fx.documents(NUMBERS), torch.autocast("cuda", torch.bfloat16):
+        with lighthouse_fx.dense():
+            assert_same_gradients(run, oracle, x, rtol=3e-2, atol=3e-2)
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), oracle(x), rtol=3e-2, atol=3e-2)
+    assert all(call.inside_documents for report in lighthouse_fx.reports() for call in report.calls)
 
 
 def test_frozen_layers():
@@ -135,6 +149,19 @@ def test_block_by_block_in_both_stages_and_evaluation():
             assert_same_gradients(model, oracle, x)
     reasons = {call.reason for report in lighthouse_fx.reports() for call in report.calls}
     assert any(reason.startswith("layer excluded") for reason in reasons)
+
+
+def test_the_output_lies_as_that_of_the_attention_that_it_replaces():
+    """Models view it: `out.transpose(1, 2).view(B, N, width)`."""
+
+    def model(x):  # [B, N, width]
+        q = x.view(2, TOKENS, 4, 8).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).view(2, TOKENS, 32)
+
+    q = (x := inputs()).view(2, TOKENS, 4, 8).transpose(1, 2)
+    with lighthouse_fx.dense(), lighthouse_fx.documents(NUMBERS):
+        out = compiled(model)(x.requires_grad_())
+    torch.testing.assert_close(out.view(2, TOKENS, 4, 8).transpose(1, 2), dense_inside(NUMBERS)(q, q, q))
 
 
 def test_a_mask_that_is_assumed_to_be_causal_is_checked_in_dense_layers():
