@@ -151,6 +151,7 @@ def test_block_by_block_in_both_stages_and_evaluation():
     assert any(reason.startswith("layer excluded") for reason in reasons)
 
 
+@pytest.mark.gpu  # only there does attention inside documents lay its output out otherwise
 def test_the_output_lies_as_that_of_the_attention_that_it_replaces():
     """Models view it: `out.transpose(1, 2).view(B, N, width)`."""
 
@@ -158,10 +159,11 @@ def test_the_output_lies_as_that_of_the_attention_that_it_replaces():
         q = x.view(2, TOKENS, 4, 8).transpose(1, 2)
         return F.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).view(2, TOKENS, 32)
 
-    q = (x := inputs()).view(2, TOKENS, 4, 8).transpose(1, 2)
+    q = (x := inputs(dtype=torch.bfloat16).cuda()).view(2, TOKENS, 4, 8).transpose(1, 2)
     with lighthouse_fx.dense(), lighthouse_fx.documents(NUMBERS):
         out = compiled(model)(x.requires_grad_())
-    torch.testing.assert_close(out.view(2, TOKENS, 4, 8).transpose(1, 2), dense_inside(NUMBERS)(q, q, q))
+    expected = dense_inside(NUMBERS.cuda())(q, q, q)
+    torch.testing.assert_close(out.view(2, TOKENS, 4, 8).transpose(1, 2), expected, rtol=3e-2, atol=3e-2)
 
 
 def test_a_mask_that_is_assumed_to_be_causal_is_checked_in_dense_layers():
