@@ -56,7 +56,7 @@ format: $(STAMP) ## ruff's automatic repairs
 
 typecheck: $(STAMP) ## mypy --strict over the package as it is installed
 	@rm -rf $(STAGE) && mkdir -p $(STAGE)/lighthouse_fx
-	@ln -s $(CURDIR)/lighthouse_fx/*.py $(CURDIR)/lighthouse_fx/py.typed $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
+	@ln -s $(CURDIR)/lighthouse_fx/*.py $(CURDIR)/lighthouse_fx/py.typed $(CURDIR)/lighthouse_fx/integrations $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
 	MYPYPATH=$(STAGE) $(PY) -m mypy --config-file pyproject.toml --cache-dir .mypy/cache -p lighthouse_fx
 
 test: check pytest ## everything that has to pass: ruff, mypy and the tests

@@ -30,7 +30,9 @@ from training import WARM_UP_STEPS, Plan, Run, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig
+from lighthouse_fx import LighthouseConfig, RunLog, audit_page
+from lighthouse_fx.loss_monitor import read_reference
+from lighthouse_fx.run_file import read_run
 
 # A file or a pipe has no width of its own.
 console = Console(width=None if sys.stdout.isatty() else 180)
@@ -99,6 +101,12 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
+def new_log(path: Path, model: torch.nn.Module, args: argparse.Namespace) -> RunLog:
+    """The log of a run, and not of an earlier one in the same folder."""
+    path.unlink(missing_ok=True)
+    return RunLog(path, model=model, seed=args.seed, sequence_length=args.seq_len, batch=args.batch)
+
+
 def main() -> int:
     args = flags()
     started = time.perf_counter()
@@ -133,14 +141,16 @@ def main() -> int:
     for suffix in ("svg", "html", "json"):
         report.save(args.out / f"graph.{suffix}")
 
-    runs = [train("Lighthouse", model, text, plan, validation, lighthouse=True)]
+    log = new_log(args.out / "run.jsonl", model, args)
+    runs = [train("Lighthouse", model, text, plan, validation, lighthouse=True, log=log)]
     checks += check_inference(model, build(args), ids)
 
     if not args.no_dense:
         twin = build(args)
         for block in twin.model.layers:
             block.compile(backend="inductor")
-        runs.append(train("dense", twin, text, plan, validation, lighthouse=False))
+        log = new_log(args.out / "dense.jsonl", twin, args)
+        runs.append(train("dense", twin, text, plan, validation, lighthouse=False, log=log))
 
     console.print(table(runs, plan))
     for check in checks:
@@ -152,6 +162,8 @@ def main() -> int:
     size = f"{parameters / 1e6:.1f}M-parameter byte Llama, {plan.length:,} tokens, top-k {args.topk}"
     title = f"{size}: pre-training on Python source, one seed, {device_name(args.device)}"
     save_losses(runs, plan, title, args.out / "loss.png")
+    reference = None if args.no_dense else read_reference(args.out / "dense.jsonl")
+    audit_page.save_page(read_run(args.out / "run.jsonl"), args.out / "run.html", reference=reference)
     result = {
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "device": device_name(args.device),
@@ -168,7 +180,7 @@ def main() -> int:
         "wall_seconds": wall,
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=1))
-    console.print(f"{wall:.0f} s in all; see {args.out}/loss.png, graph.svg, graph.html, graph.json, result.json")
+    console.print(f"{wall:.0f} s in all; see {args.out}/run.html, loss.png, graph.svg, graph.html, graph.json, result.json")
     return 0 if all(check.passed for check in checks) else 1
 
 

@@ -47,13 +47,13 @@ class Recipe:
         phases: shares of the steps, in order, and the attention of each.
         dense_layers: layers that are dense throughout.
         rescale: at the switch to dense attention, multiply each output projection by what Lighthouse attention gave more.
-        rewarm: steps over which the learning rate rises again after the switch.
+        restart: at the switch the learning rate starts anew, warm-up and cosine over what is left.
     """
 
     phases: tuple[Phase, ...]
     dense_layers: tuple[int, ...] = (0, -1)
     rescale: bool = False
-    rewarm: int = 0
+    restart: bool = False
     about: str = ""
 
 
@@ -73,7 +73,13 @@ RECIPES = {
     "k1024-half": replace(_K1024, phases=two_stages(0.5, topk=1024), about="k1024 for half of the steps"),
     "k1024-quarter": replace(_K1024, phases=two_stages(0.25, topk=1024), about="k1024 for a quarter of the steps"),
     "k1024-4-dense": replace(_K1024, dense_layers=(0, 1, -2, -1), about="k1024, four layers dense instead of two"),
-    "k1024-rewarmed": replace(_K1024, rewarm=100, about="k1024, learning rate warmed up again after the switch"),
+    "k1024-restart": replace(_K1024, restart=True, about="k1024, the learning rate starts anew at the switch"),
+    "k1024-4-dense-restart": replace(
+        _K1024, dense_layers=(0, 1, -2, -1), restart=True, about="four layers dense, the learning rate starts anew"
+    ),
+    "k1024-half-restart": replace(
+        _K1024, phases=two_stages(0.5, topk=1024), restart=True, about="half of the steps, the learning rate starts anew"
+    ),
     "k1024-2-levels": replace(_K1024, phases=two_stages(0.625, topk=1024, levels=2), about="two levels, k=1,024"),
     "k1536-p2": replace(_K1024, phases=two_stages(0.625, topk=1536, pooling=2), about="pooling 2, k=1,536"),
     "growing-k": replace(
@@ -127,12 +133,11 @@ def boundaries(recipe: Recipe, steps: int) -> list[tuple[int, LighthouseConfig |
 
 
 def rate(args: argparse.Namespace, recipe: Recipe, step: int) -> float:
-    """Linear warm-up, a cosine to a tenth over all steps, and, if wanted, another warm-up after the switch."""
-    done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
-    value = args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done))) * min(1.0, (step + 1) / args.warmup)
-    ends = boundaries(recipe, args.steps)
-    since = step - ends[-2][0] if len(ends) > 1 else recipe.rewarm
-    return float(value * min(1.0, (since + 1) / recipe.rewarm)) if 0 <= since < recipe.rewarm else value
+    """Linear warm-up, then a cosine to a tenth: over all steps, or over those of each stage."""
+    ends = [end for end, _ in boundaries(recipe, args.steps)]
+    first = ends[-2] if recipe.restart and step >= ends[-2] else 0
+    done = max(0, step - first - args.warmup) / max(1, args.steps - first - args.warmup)
+    return float(args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done))) * min(1.0, (step - first + 1) / args.warmup))
 
 
 def attention(config: LighthouseConfig | None) -> AbstractContextManager[None]:

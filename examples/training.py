@@ -101,7 +101,9 @@ def stages(plan: Plan, *, lighthouse: bool) -> list[Stage]:
     return [stage for stage in both if stage.steps > 0]
 
 
-def train(name: str, model: nn.Module, text: Text, plan: Plan, validation: Tensor, *, lighthouse: bool) -> Run:
+def train(
+    name: str, model: nn.Module, text: Text, plan: Plan, validation: Tensor, *, lighthouse: bool, log: lighthouse_fx.RunLog
+) -> Run:
     """Train a model in place; with `lighthouse`, stage 1 runs under Lighthouse attention."""
     run = Run(name=name, stages=stages(plan, lighthouse=lighthouse))
     device = next(model.parameters()).device
@@ -118,17 +120,20 @@ def train(name: str, model: nn.Module, text: Text, plan: Plan, validation: Tenso
                 windows = text.batch(step, batch=plan.batch, length=plan.length, seed=plan.seed).to(device)
                 started = time.perf_counter()
                 model.train()
-                # The backward belongs inside too: activation checkpointing runs the forward again there.
-                with stage.context():
-                    loss = mean_loss(model, windows)
-                    loss.backward()
-                optimizer.step(plan.rate(step))
-                stage.losses.append(loss.item())  # waits for the device
+                with log.step(step, tokens=plan.batch * plan.length) as logged:
+                    # The backward belongs inside too: activation checkpointing runs the forward again there.
+                    with stage.context():
+                        loss = mean_loss(model, windows)
+                        loss.backward()
+                    optimizer.step(plan.rate(step))
+                    logged.loss = loss.item()  # waits for the device
+                stage.losses.append(logged.loss)
                 stage.seconds.append(time.perf_counter() - started)
                 speed = plan.batch * plan.length / stage.step_seconds
                 bar.update(task, advance=1, state=f"loss {stage.losses[-1]:.3f}, {speed:,.0f} tokens/s")
                 if plan.validates_after(step + 1):
                     run.validation[step + 1] = validate(model, validation, batch=plan.batch)
+                    log.validation(step + 1, run.loss_at(step + 1))
     if device.type == "cuda":
         run.peak_bytes = torch.cuda.max_memory_allocated(device)
     return run

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .dispatch import kernels_for
 from .reference import rows_that_are_causal
+from .torch_private import assert_async
 
 
 @torch.library.custom_op("lighthouse_fx::check_causal", mutates_args=())
@@ -35,7 +36,7 @@ def check_causal(mask: Tensor, call: str, revision: str) -> Tensor:
     mask = _without_repeats(mask)
     right = kernels_for(mask).is_causal_mask(mask)
     if mask.device.type == "cuda":
-        torch._assert_async(right, _message(call, "is not the causal mask"))
+        assert_async(right, _message(call, "is not the causal mask"))
     elif not right:
         raise ValueError(_message(call, _flaw(mask)))
     return torch.zeros((), dtype=torch.int32, device=mask.device)

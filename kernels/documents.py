@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
+from .torch_private import assert_async, flash_attention_forward
 
 _ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
 
@@ -93,7 +94,7 @@ _library.define("document_starts(Tensor numbers) -> Tensor")
 def _rising_starts(numbers: Tensor) -> Tensor:
     """`starts_of`, for numbers that a mask compares: where one came back later, the mask would join what lies apart."""
     message = "the numbers of documents fall along a row, so a document may lie in several pieces: number them in order"
-    torch._assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
+    assert_async((numbers[..., 1:] >= numbers[..., :-1]).all(), message)
     return starts_of(numbers)
 
 
@@ -156,7 +157,7 @@ def _varlen(
         F.pad(x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2), (0, width - x.shape[3]))
         for x in (query, key, value)
     )  # [B * G * S, H / G, width] and [B * G * S, 1, width]
-    out = torch.ops.aten._flash_attention_forward(
+    out = flash_attention_forward(
         query, key, value, bounds, bounds, gathered, gathered, dropout_p, True, False,
         scale=dim**-0.5 if scale is None else scale,
     )[0]  # fmt: skip
@@ -171,7 +172,7 @@ def _bounds(segments: Tensor, most: int) -> Tensor:
     sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
     begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
     number = begins.int().cumsum(0)
-    torch._assert_async(
+    assert_async(
         number[-1] <= sequences,
         f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
     )

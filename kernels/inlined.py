@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import serving, traced
-
-try:
-    from torch._library.custom_ops import CustomOpDef
-    from torch._subclasses.functional_tensor import FunctionalTensorMode
-except ImportError as error:  # pragma: no cover - depends on the torch release
-    raise ImportError(
-        f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
-    ) from error
+from .torch_private import CustomOpDef, FunctionalTensorMode
 
 Body = Callable[..., Any]
 

@@ -5,20 +5,36 @@
 rewrites the attention of a model that trains into Lighthouse attention, and leaves inference dense.
 """
 
+from .audit import RunLog
 from .blocks import compile
 from .config import LighthouseConfig
 from .documents import documents
 from .functional import lighthouse_attention
 from .journal import reports
+from .loss_monitor import Divergence
+from .passkey import Passkey
+from .recovery import StageEvent
 from .report import AttentionRecord, GraphReport, Report
+from .schedule import TwoStage
 from .stage import dense, pretraining
 from .tracing import explain
+from .validation import validate
+from .verdict import Validation
+from .verification import verify
+from .verified import Verification
 
 __all__ = [
     "AttentionRecord",
+    "Divergence",
     "GraphReport",
     "LighthouseConfig",
+    "Passkey",
     "Report",
+    "RunLog",
+    "StageEvent",
+    "TwoStage",
+    "Validation",
+    "Verification",
     "compile",
     "dense",
     "documents",
@@ -26,5 +42,7 @@ __all__ = [
     "lighthouse_attention",
     "pretraining",
     "reports",
+    "validate",
+    "verify",
 ]
 __version__ = "0.1.0"

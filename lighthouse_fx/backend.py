@@ -19,6 +19,7 @@ from torch import fx
 
 from . import documents, dynamo, journal, running, stage
 from .config import LighthouseConfig, config_field_names
+from .kernels.torch_private import compile_fx, list_mode_options, list_options, trace_structured
 from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
 from .passes.call import NO_GRADIENTS
 from .passes.check import unmatched
@@ -50,14 +51,14 @@ def lighthouse(
     """
     config, patches = split_options(options or {})
     if mode is not None:
-        patches |= dynamo.list_mode_options(mode)
+        patches |= list_mode_options(mode)
     report, rewritten = rewrite(gm, example_inputs, config)
     calls: Sequence[AttentionCall] = rewritten.meta[CALLS]
     gradients = torch.is_grad_enabled()
     modules = dynamo.Modules(rewritten)
     around = [module for call in calls if not gradients for _, module in modules.around(call.node)]
     example_inputs = [*example_inputs, *documents.example_of(rewritten)]
-    compiled = cast(Compiled, dynamo.compile_fx(rewritten, example_inputs, config_patches=patches))
+    compiled = cast(Compiled, compile_fx(rewritten, example_inputs, config_patches=patches))
     compiled = documents.supplied(compiled, rewritten, stage.current.resolve(config) or config)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.rewritable for call in calls):
@@ -112,7 +113,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[LighthouseConfig, dict[st
     """
     ours = {name: value for name, value in options.items() if name in config_field_names()}
     rest = {name: value for name, value in options.items() if name not in ours}
-    known = set(dynamo.list_options())
+    known = set(list_options())
     for name, value in rest.items():
         if name.replace("-", "_") not in known:
             close = difflib.get_close_matches(name, [*config_field_names(), *known], n=3)
@@ -137,7 +138,7 @@ def _report_unmatched(config: LighthouseConfig, modules: dynamo.Modules, calls: 
 
 def _artifact(when: str, gm: fx.GraphModule) -> None:
     """The graph in TORCH_TRACE, for tlparse."""
-    dynamo.trace_structured(
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"lighthouse_{when}_passes", "encoding": "string"},
         payload_fn=lambda: gm.print_readable(print_output=False, include_stride=False, include_device=False),

@@ -90,7 +90,7 @@ def measure_layer(
     pyramid = pyramid_over(shape.length, config)
     gathered = pyramid.gathered
     tokens = _inputs(shape, shape.length, device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(
         _attention,
         backend="lighthouse",

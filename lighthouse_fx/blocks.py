@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import dynamo, journal, stage
+from . import journal, stage
 from .backend import split_options
 from .config import LighthouseConfig, config_field_names
+from .kernels.torch_private import dynamo_config, list_mode_options
 from .passes.call import Layer
 from .passes.check import excludes, unmatched
 from .report import AttentionRecord
@@ -138,17 +139,17 @@ def _arguments(given: dict[str, Any], count: int) -> tuple[dict[str, Any], dict[
     """Arguments of `torch.compile`, and options of Inductor."""
     arguments = dict(given)
     mode = arguments.pop("mode", None) or "default"  # torch takes mode or options, and options carry the config
-    if mode not in (modes := dynamo.list_mode_options()):
+    if mode not in (modes := list_mode_options()):
         raise ValueError(f"mode={mode!r} is unknown: use one of {', '.join(map(repr, modes))}")
     options = dict(arguments.pop("options", None) or {})
     for name in config_field_names():
         if name in options:
             raise TypeError(f"options has {name}={options[name]!r}, a field of LighthouseConfig: give it in config")
     split_options(options)  # raises for a name that Inductor does not know
-    inductor = dynamo.list_mode_options(mode) | options
+    inductor = list_mode_options(mode) | options
     # Blocks that differ, in a layer's number say, need a graph each, and all count towards one limit.
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not before torch 2.12
-        arguments.setdefault("recompile_limit", torch._dynamo.config.recompile_limit * count)
+        arguments.setdefault("recompile_limit", dynamo_config.recompile_limit * count)
     return arguments, inductor
 
 

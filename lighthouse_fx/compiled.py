@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from .backend import split_options
 from .config import LighthouseConfig
+from .kernels.torch_private import DynamoContext, OptimizedModule
 from .passes.find import clean_path
 
 
@@ -35,11 +34,13 @@ class Compilation:
 class Setting:
     """What the backend does with a model as it is compiled now.
 
-    `dense` gives the reason for each module (by its path) that is not compiled with this backend, while others are.
+    `compiled`: whether any of it is compiled with this backend. `dense` gives the reason for each module (by its path) that is
+    not, while others are.
     """
 
     config: LighthouseConfig = field(default_factory=LighthouseConfig)
     dynamic: bool | None = None
+    compiled: bool = False
     dense: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -75,7 +76,7 @@ def setting_of(model: Callable[..., Any]) -> Setting:
         if part is None or part.backend != "lighthouse"
     }
     config = replace(configs[0], dense_layers=(*configs[0].dense_layers, *dense))
-    return Setting(config=config, dynamic=ours[0][1].dynamic, dense=dense, notes=tuple(notes))
+    return Setting(config=config, dynamic=ours[0][1].dynamic, compiled=True, dense=dense, notes=tuple(notes))
 
 
 def _parts(model: nn.Module) -> list[tuple[str, Compilation | None]]:
@@ -114,4 +115,4 @@ def _context(call: Any) -> Any:
     """What `torch.compile` made of its arguments: the function that it returned has it in its closure."""
     cells = getattr(getattr(call, "__func__", call), "__closure__", None) or ()
     contexts = (cell.cell_contents for cell in cells)
-    return next((x for x in contexts if isinstance(x, torch._dynamo.eval_frame._TorchDynamoContext)), None)
+    return next((x for x in contexts if isinstance(x, DynamoContext)), None)

@@ -1,7 +1,4 @@
-"""Everything that the backend needs of Dynamo's internals, in one place: guards, the user's modules, mode options.
-
-These names are private to PyTorch; a release that moves one of them fails here, by name. Tried on torch 2.11 and 2.13.
-"""
+"""What only Dynamo knows of a graph that it compiles: its guards, and the user's modules behind its nodes."""
 
 from __future__ import annotations
 
@@ -14,40 +11,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .kernels.torch_private import (
+    AttrSource,
+    DictGetItemSource,
+    GetItemSource,
+    GlobalSource,
+    Guard,
+    GuardBuilder,
+    ImportSource,
+    InstructionTranslator,
+    LocalSource,
+    Source,
+    TracingContext,
+)
 from .passes.call import MODULE, Layer
 from .passes.find import bare
 from .passes.regions import regions
-
-try:
-    from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.source import (
-        AttrSource,
-        DictGetItemSource,
-        GetItemSource,
-        GlobalSource,
-        ImportSource,
-        LocalSource,
-    )
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-    from torch._guards import Guard, Source, TracingContext
-    from torch._inductor import list_mode_options, list_options
-    from torch._inductor.compile_fx import compile_fx
-    from torch._logging._internal import trace_structured
-except ImportError as error:  # pragma: no cover - depends on the torch release
-    raise ImportError(
-        f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
-    ) from error
-
-__all__ = [
-    "Modules",
-    "as_fake",
-    "compile_fx",
-    "copied",
-    "guard_on_stage",
-    "list_mode_options",
-    "list_options",
-    "trace_structured",
-]
 
 Found = tuple[Source, Any]  # a value of the user's frame, and how guards reach it
 Step = tuple[str, Source, Any]  # one more step of a path

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
 
 from .report import AttentionRecord, GraphReport
 
@@ -17,6 +19,7 @@ _KEPT = 256
 
 _reports: deque[GraphReport] = deque(maxlen=_KEPT)
 _watching: list[list[AttentionRecord]] = []
+_counting: list[list[AttentionRecord]] = []
 
 
 def add(report: GraphReport) -> None:
@@ -32,18 +35,30 @@ def reports() -> tuple[GraphReport, ...]:
     return tuple(_reports)
 
 
-def ran(calls: Sequence[AttentionRecord]) -> None:
-    """A graph with these attention calls is about to run."""
+def ran(calls: Sequence[AttentionRecord], *, again: bool = False) -> None:
+    """A graph with these attention calls is about to run; `again`, where it recomputes an activation checkpoint."""
     for seen in _watching:
         seen.extend(calls)
+    if torch.is_grad_enabled() and not again:
+        for seen in _counting:
+            seen.extend(calls)
+
+
+def watch() -> AbstractContextManager[list[AttentionRecord]]:
+    """Collect the attention calls of all graphs that run meanwhile."""
+    return _collect(_watching)
+
+
+def count() -> AbstractContextManager[list[AttentionRecord]]:
+    """Collect the attention calls that train meanwhile, each once: not those without gradients, nor recomputations."""
+    return _collect(_counting)
 
 
 @contextmanager
-def watch() -> Iterator[list[AttentionRecord]]:
-    """Collect the attention calls of all graphs that run meanwhile."""
+def _collect(watchers: list[list[AttentionRecord]]) -> Iterator[list[AttentionRecord]]:
     seen: list[AttentionRecord] = []
-    _watching.append(seen)
+    watchers.append(seen)
     try:
         yield seen
     finally:
-        del _watching[next(place for place, other in enumerate(_watching) if other is seen)]
+        del watchers[next(place for place, other in enumerate(watchers) if other is seen)]

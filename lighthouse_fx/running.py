@@ -31,7 +31,7 @@ def noted(compiled: Compiled, calls: Sequence[AttentionRecord]) -> Compiled:
     """A graph with attention that is the same in every stage."""
 
     def run(*args: Any) -> Any:
-        journal.ran(calls)
+        journal.ran(calls, again=any(again for _, again in _checkpoints()))
         return compiled(*args)
 
     return run
@@ -41,7 +41,8 @@ def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: Lighthouse
     """A graph that another stage would compile differently; `own` are the backend's own options."""
 
     def run(*args: Any) -> Any:
-        for forward, again in _checkpoints():
+        checkpoints = list(_checkpoints())
+        for forward, again in checkpoints:
             if not again:
                 _forwards[forward] = stage.current, stage.documents
                 continue
@@ -57,7 +58,7 @@ def staged(compiled: Compiled, calls: Sequence[AttentionRecord], own: Lighthouse
                     "the gradients would belong to another function than the loss: call backward() inside the same "
                     "pretraining() or dense() block as the forward"
                 )
-        journal.ran(calls)
+        journal.ran(calls, again=any(again for _, again in checkpoints))
         return compiled(*args)
 
     return run

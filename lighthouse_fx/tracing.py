@@ -55,25 +55,27 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
         graphs.append(_restated(report, setting))
         return lambda *_: tuple(map(_stand_in, outputs))
 
-    # Each call is a first one: without this, a second at another length would be traced with dynamic shapes.
-    arguments: dict[str, Any] = {"dynamic": bool(setting.dynamic)}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # where a model breaks its graph, traces add up
-        arguments["recompile_limit"] = _NO_LIMIT
     with untouched((model, *args, *kwargs.values())):
-        torch.compile(_fresh(model), backend=record_only, **arguments)(*args, **kwargs)
+        compile_anew(model, record_only, dynamic=bool(setting.dynamic))(*args, **kwargs)
     return Report(graphs=tuple(graphs), title=_title(model), notes=setting.notes)
 
 
-def _fresh(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls the model, with a code object of its own.
+def compile_anew(
+    model: Callable[..., Any], backend: str | Callable[..., Any], *, dynamic: bool = False, **arguments: Any
+) -> Callable[..., Any]:
+    """A function that calls the model, compiled, with a code object of its own; what the model is compiled with is gone.
 
-    Dynamo keeps compiled graphs by code object: neither does this trace find an earlier one, nor a later call this one.
+    Dynamo keeps compiled graphs by code object: neither does this trace find an earlier one, nor a later call this one. Each
+    call is a first one: without `dynamic=False`, a second at another length would be traced with dynamic shapes.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    return types.FunctionType(call.__code__.replace(), call.__globals__, "explain", None, call.__closure__)
+    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, "explain", None, call.__closure__)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # where a model breaks its graph, traces add up
+        arguments["recompile_limit"] = _NO_LIMIT
+    return torch.compile(fresh, backend=backend, dynamic=dynamic, **arguments)
 
 
 def _title(model: Callable[..., Any]) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..kernels.torch_private import is_traceable_wrapper_subclass
 from .call import constant, fake
 from .regions import Region
 from .symbolic import Affine, Element, Unproven, element, in_dtype

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..kernels.torch_private import HigherOrderOperator
 from .call import CALLS, MODULE, AttentionCall
 from .regions import Region, regions
 
@@ -75,7 +76,7 @@ def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
 
 
 def _function_name(target: Any) -> str:
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return str(target.name())
     return str(getattr(target, "__name__", ""))
 

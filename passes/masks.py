@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..kernels.torch_private import is_traceable_wrapper_subclass
 from .call import AttentionCall, Refusal, ScoreMask, fake, for_each_call
 from .elements import ORIGIN, Elements, is_one
 from .in_place import History

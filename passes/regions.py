@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
+
+from ..kernels.torch_private import HigherOrderOperator
 
 # Operations that run their subgraph as it stands, whose operands follow the subgraph's own argument.
 # name -> arguments between the subgraph and its first operand
@@ -108,7 +109,7 @@ def _walk(region: Region) -> Iterator[Region]:
 
 
 def _operation_name(target: Any) -> str:
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return str(target.name())
     return str(getattr(target, "__name__", target))
 

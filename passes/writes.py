@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from ..kernels.torch_private import OpOverload, OpOverloadPacket, has_storage, pytree
 from .elements import operation_name
 from .operations import is_interpreted
 from .regions import regions
@@ -88,11 +88,11 @@ def _given(node: fx.Node) -> dict[str, Any]:
 
 def _schemas(node: fx.Node) -> list[torch.FunctionSchema]:
     """The signatures, with what they write to, of PyTorch's and custom operations. Empty if unknown."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return [node.target._schema]
-    custom = isinstance(node.target, torch._ops.OpOverloadPacket)
+    custom = isinstance(node.target, OpOverloadPacket)
     packet = node.target if custom else getattr(torch.ops.aten, operation_name(node) or "?", None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return []
     found = [getattr(packet, overload)._schema for overload in packet.overloads()]
     return [schema for schema in found if not any(a.is_out and a.name not in node.kwargs for a in schema.arguments)]
@@ -117,7 +117,7 @@ def memories(values: Iterable[Any]) -> Iterator[int]:
     """The memory of every tensor that these nodes, or lists of nodes, stand for."""
     for node in pytree.tree_leaves(list(values)):
         for tensor in _tensors(node) if isinstance(node, fx.Node) else ():
-            if torch._C._has_storage(tensor):
+            if has_storage(tensor):
                 yield int(tensor.untyped_storage()._cdata)
 
 

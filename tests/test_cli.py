@@ -1,10 +1,45 @@
-"""The command line, on a CPU and at sizes that take seconds."""
+"""The command line, on a CPU and at sizes that take seconds. `lighthouse report` is tested with the log, in test_audit.py."""
 
 import json
+import math
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lighthouse_fx.cli import main
+from lighthouse_fx.command_validate import windows
+
+PYRAMID = ["--levels", "3", "--pooling", "2", "--topk", "8"]
+COMMANDS = ("bench", "explain", "report", "validate")
+
+MODULE = """
+import torch
+from transformers import LlamaForCausalLM, LlamaConfig
+
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{config}, attn_implementation="sdpa"))
+
+def pair():
+    return model(), torch.zeros(1, 128, dtype=torch.long)
+
+def neither():
+    return 3
+"""
+SMALL = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, request):
+    """A folder with a module of the user's, the one that the command runs in. Returns the module's name."""
+    name = f"mine_{request.node.name.partition('[')[0]}"
+    (tmp_path / f"{name}.py").write_text(MODULE.format(config=SMALL))
+    monkeypatch.chdir(tmp_path)
+    return name
 
 
 @pytest.mark.slow
@@ -20,8 +55,87 @@ def test_bench(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_help(capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["bench", "--help"])
+        main([command, "--help"])
     assert stopped.value.code == 0
-    assert "dense attention" in capsys.readouterr().out
+    assert f"usage: lighthouse {command}" in capsys.readouterr().out
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"    {command} " in printed for command in COMMANDS)
+
+
+def test_explain_a_function(here, capsys):
+    assert main(["explain", f"{here}:pair", *PYRAMID, "--dense-layers", "0", "model.layers.2", "--out", "graph.svg"]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM: 1 of 3 attention calls rewritten" in printed and "written: graph.svg" in printed
+    with open("graph.svg") as file:
+        assert "<svg" in file.read()
+    assert main(["explain", f"{here}:pair", "--levels", "1"]) == 1, "nothing is rewritten"
+
+
+def test_explain_a_transformers_config(tmp_path, capsys):
+    # Half a million million parameters: nothing of it is made.
+    wide = LlamaConfig(**SMALL | {"hidden_size": 2**17, "intermediate_size": 2**19}, architectures=["LlamaForCausalLM"])
+    wide.save_pretrained(tmp_path)
+    assert main(["explain", str(tmp_path), "--length", "98304"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 3 attention calls rewritten" in printed and "98,304" in printed and "18,432" in printed
+
+
+@pytest.mark.slow
+def test_validate_a_function(here, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 50, encoding="utf-8")
+    command = ["validate", f"{here}:model", "--text", "text.txt", "--length", "128", "--windows", "3", "--device", "cpu"]
+    assert main([*command, *PYRAMID, "--dense-layers", "-1", "--passkey", "192", "--out", "found"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 windows of 128 tokens" in printed and "2 of 3 attention calls rewritten" in printed
+    assert "Is inference dense?" in printed and "passkeys found" in printed
+    found = json.loads((tmp_path / "found" / "validation.json").read_text())
+    assert found["passed"] and found["inference"]["rewritten"] == 0 and math.isfinite(found["lighthouse_loss"])
+    assert found["passkey"]["lengths"] == [192] and (tmp_path / "found" / "passkey.png").exists()
+
+
+@pytest.mark.slow
+def test_validate_a_folder(tmp_path, capsys):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("abc" * 200, encoding="utf-8")
+    command = ["validate", str(tmp_path / "model"), "--tokenizer", "bytes", "--text", str(text), "--length", "128"]
+    assert main([*command, *PYRAMID, "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert "8 windows of 128 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["explain", "{here}:nothing"], "give package.module:function"),
+        (["explain", "no.such.module:function"], "give package.module:function"),
+        (["explain", "{here}:neither"], "it has to return (model, inputs)"),
+        (["explain", "{here}:pair", "--topk", "0"], "topk=0 is below 1"),
+        (["report", "missing.jsonl"], "missing.jsonl"),
+        (["report", "{here}.py"], "is no log of a run"),
+        (["validate", "{here}:neither", "--text", "{here}.py"], "it has to return a Module"),
+        (["validate", "{here}:model", "--text", "{here}.py", "--device", "cpu"], "a window 2,049: give more text"),
+        (["validate", "{here}:model", "--text", "missing.txt", "--device", "cpu"], "missing.txt"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(here, arguments, said, capsys):
+    assert main([argument.replace("{here}", here) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lighthouse: ") and said in error and error.count("\n") == 1
+
+
+def test_windows_of_a_text():
+    text = list(range(100))
+    rows = windows(text, length=9, count=5)
+    assert rows.shape == (5, 10) and rows[0, 0] == 0 and rows[-1, -1] == 99
+    assert all(row.tolist() == list(range(row[0], row[0] + 10)) for row in rows)
+    assert windows(text, length=99, count=8).tolist() == [text]
+    assert len(windows(text, length=49, count=8)) == 3, "they overlap by half at most"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_fx.run_file import read_run
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain.py"
 TINY = (
     "--seq-len=256 --topk=8 --pooling=2 --width=32 --heads=2 --kv-heads=1 --layers=3 --steps=6 --lighthouse-steps=4 "
@@ -44,6 +46,13 @@ def test_pretrain(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "graph.svg").read_text() and "<svg" in (tmp_path / "graph.html").read_text()
     assert json.loads((tmp_path / "graph.json").read_text())["rewritten"] == 1
+
+    log = read_run(tmp_path / "run.jsonl")
+    assert [step.stage for step in log.steps] == ["lighthouse"] * 4 + ["dense"] * 2
+    assert [step.loss for step in log.steps] == [x for stage in lighthouse["stages"] for x in stage["training_loss"]]
+    assert {str(at): loss for at, loss in log.validation.items()} == lighthouse["validation_loss"]
+    assert [event.name for event in log.events] == ["switch"] and log.steps[0].saved_flops > 0
+    assert "dense reference dense.jsonl" in (tmp_path / "run.html").read_text()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folder of the checkout -> package that pyproject.toml maps it to.
 PACKAGES = {
     "lighthouse_fx": "lighthouse_fx",
+    "lighthouse_fx/integrations": "lighthouse_fx.integrations",
     "passes": "lighthouse_fx.passes",
     "kernels": "lighthouse_fx.kernels",
 }
@@ -19,7 +20,7 @@ ALLOWED = {
     "kernels": ("lighthouse_fx.kernels",),
     "passes": ("lighthouse_fx.passes", "lighthouse_fx.kernels", "lighthouse_fx.config"),
 }
-FILES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted({path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")})
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -118,18 +119,20 @@ def test_import_needs_no_optional_package():
     script = """
 import sys
 
+FRAMEWORKS = {"transformers", "accelerate", "lightning", "litgpt", "torchtitan"}
+
 class Without:  # a finder that does not see some packages, as if they were not installed
     def __init__(self, finder):
         self.finder = finder
     def __getattr__(self, name):
         return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"triton", "flash_attn", "matplotlib", "transformers", "numpy"}:
+        if name.split(".")[0] in {"triton", "flash_attn", "matplotlib", "numpy", *FRAMEWORKS}:
             return None
         return self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-import lighthouse_fx, lighthouse_fx.backend, lighthouse_fx.kernels, lighthouse_fx.passes
+import lighthouse_fx, lighthouse_fx.backend, lighthouse_fx.integrations, lighthouse_fx.kernels, lighthouse_fx.passes
 """
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
@@ -152,3 +155,57 @@ lighthouse_fx.lighthouse_attention(q, q, q, config=lighthouse_fx.LighthouseConfi
         [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- private names of PyTorch ------------------------------------------------------------------------------------------
+
+PRIVATE = ROOT / "kernels" / "torch_private.py"
+
+
+def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything under `torch` that has a part with a leading underscore, imported or spelled out."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "torch" and any(part.startswith("_") and not part.endswith("__") for part in parts):
+                yield node.lineno, name
+
+
+def test_private_names_are_seen_however_they_are_spelled():
+    source = (
+        "import torch._dynamo\nfrom torch import _guards\nfrom torch.utils._pytree import x\ntorch._C.f()\n"
+        "torch.__version__\nfrom torch.utils import checkpoint\nmine._private\nfrom ._torch import y"
+    )
+    assert {line for line, _ in private_names(ast.parse(source))} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != PRIVATE], ids=name_of)
+def test_private_names_of_torch_lie_in_one_file(path: Path):
+    found = [f"{name_of(path)}:{line} {name}" for line, name in private_names(ast.parse(path.read_text()))]
+    assert not found, f"import from kernels/torch_private.py instead: {', '.join(found)}"
+
+
+def test_a_private_name_that_is_gone_is_an_error_that_says_what_to_do():
+    script = """
+import torch._guards
+del torch._guards.TracingContext
+try:
+    import lighthouse_fx
+except ImportError as error:
+    assert torch.__version__ in str(error) and "TracingContext" in str(error) and "Use torch" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    # Everything of torch's own that imports the name has to have done so before.
+    script = "import torch._dynamo.eval_frame, torch._inductor.compile_fx\n" + script
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -120,7 +120,7 @@ def modules(folder: str) -> set[str]:
 def test_sdist_holds_every_module(built: Built):
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = modules("lighthouse_fx") | modules("passes") | modules("kernels")
+    expected = modules("lighthouse_fx") | modules("lighthouse_fx/integrations") | modules("passes") | modules("kernels")
     assert expected | {"lighthouse_fx/py.typed", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
@@ -128,7 +128,7 @@ def test_wheel_holds_every_module_and_nothing_else(built: Built):
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     mapped = {f"lighthouse_fx/{name}" for name in modules("passes") | modules("kernels")}
-    assert names == modules("lighthouse_fx") | mapped | {"lighthouse_fx/py.typed"}
+    assert names == modules("lighthouse_fx") | modules("lighthouse_fx/integrations") | mapped | {"lighthouse_fx/py.typed"}
 
 
 def test_wheel_metadata(built: Built):
@@ -142,7 +142,8 @@ def test_wheel_metadata(built: Built):
     assert str(fields.get_payload()).strip(), "README.md is the description"
     needed = {line for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line}
     assert {line.split(">")[0] for line in needed} == {"torch", "networkx", "rich"}
-    extras = {"triton", "flash-attn", "flash-attn-4", "gla", "plot", "examples", "dev"}
+    frameworks = {"huggingface", "accelerate", "lightning", "litgpt", "torchtitan"}
+    extras = {"triton", "flash-attn", "flash-attn-4", "gla", "plot", "tensorboard", "examples", "dev"} | frameworks
     assert extras <= set(fields.get_all("Provides-Extra", []))
     sections = configparser.ConfigParser()
     sections.read_string(registered)

@@ -1,0 +1,75 @@
+"""Every private name of PyTorch that the package uses, so that a release that moves one fails here, by name.
+
+They come from Dynamo (guards, compiled modules), Inductor (the compiler and its options) and the operator library. As one
+file tried on torch 2.13. It lies in the lowest layer because all layers need some of them; `tests/test_layering.py` keeps such
+names out of every other file.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from torch import _assert_async as assert_async
+    from torch._C import _has_storage as has_storage
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo.eval_frame import OptimizedModule
+    from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import (
+        AttrSource,
+        DictGetItemSource,
+        GetItemSource,
+        GlobalSource,
+        ImportSource,
+        LocalSource,
+    )
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import Guard, Source, TracingContext
+    from torch._inductor import list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._library.custom_ops import CustomOpDef
+    from torch._logging._internal import trace_structured
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+    from torch._subclasses.functional_tensor import FunctionalTensorMode
+    from torch.autograd.graph import _engine_run_backward as run_backward
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    flash_attention_forward = torch.ops.aten._flash_attention_forward
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
+    ) from error
+
+__all__ = [
+    "AttrSource",
+    "CustomOpDef",
+    "DictGetItemSource",
+    "DynamoContext",
+    "FunctionalTensorMode",
+    "GetItemSource",
+    "GlobalSource",
+    "Guard",
+    "GuardBuilder",
+    "HigherOrderOperator",
+    "ImportSource",
+    "InstructionTranslator",
+    "LocalSource",
+    "OpOverload",
+    "OpOverloadPacket",
+    "OptimizedModule",
+    "Source",
+    "TracingContext",
+    "assert_async",
+    "compile_fx",
+    "dynamo_config",
+    "flash_attention_forward",
+    "has_storage",
+    "is_traceable_wrapper_subclass",
+    "list_mode_options",
+    "list_options",
+    "pytree",
+    "run_backward",
+    "trace_structured",
+]

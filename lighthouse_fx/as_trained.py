@@ -1,0 +1,63 @@
+"""A model's Lighthouse forward without gradients, for validation.
+
+The backend is dense under `no_grad` by design, so this goes another way: the model is traced as for training, the same
+passes rewrite its graphs, and the graphs run as they stand, without Inductor. What would be dense in training is dense
+here, for the same reason, except that eval mode, missing gradients (frozen layers, too) and the stage do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import dynamo
+from .compiled import setting_of
+from .config import LighthouseConfig
+from .passes import CALLS, LAYERS, PIPELINE, Refusal
+from .passes.call import NO_GRADIENTS
+from .report import AttentionRecord, record
+from .tracing import compile_anew
+
+_WITHOUT_GRADIENTS = Refusal(reason="gradients are off")
+
+
+class AsTrained:
+    """Calls a model under Lighthouse attention, whatever the stage, without gradients. `calls` are those of the last call.
+
+    Args:
+        config: by default as the model is compiled, otherwise `LighthouseConfig()`.
+    """
+
+    def __init__(self, model: nn.Module, config: LighthouseConfig | None = None) -> None:
+        self.config = config or setting_of(model).config
+        self.calls: list[AttentionRecord] = []
+        self._call = compile_anew(model, self._rewrite)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls = []
+        return self._call(*args, **kwargs)
+
+    def _rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The backend: the passes of training, over a graph that is traced without gradients."""
+        modules = dynamo.Modules(gm)
+        modules.name_nodes(gm)
+        gm.meta |= {LAYERS: modules.layer, NO_GRADIENTS: _WITHOUT_GRADIENTS}
+        for step in PIPELINE:
+            gm = step(gm, example_inputs, config=self.config)
+            # The check refuses for missing gradients only what it would rewrite with them.
+            gm.meta[CALLS] = tuple(
+                replace(call, refusal=None) if call.refusal is _WITHOUT_GRADIENTS else call for call in gm.meta[CALLS]
+            )
+        del gm.meta[LAYERS]  # it holds the user's modules
+        calls = [record(call) for call in gm.meta[CALLS]]
+
+        def run(*args: Any) -> Any:
+            self.calls += calls
+            return gm(*args)
+
+        return run

@@ -1,0 +1,64 @@
+"""`lighthouse explain MODEL`: what the backend would do with a model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .command_options import MODEL_HELP, add_config, call_function, config_from, is_function, transformers
+from .report import Report
+from .tracing import explain
+
+_WIDTH = 180  # where there is no terminal, whose width is known
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `lighthouse explain`."""
+    parser = commands.add_parser("explain", help="say which attention calls of a model would be rewritten, and why others not")
+    parser.description = (
+        "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: rewritten, "
+        "or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed."
+    )
+    returns = "(model, inputs), the inputs a tensor or a tuple of what the model is called with"
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns=returns) + " (only its config.json is read)")
+    parser.add_argument("--length", type=int, default=8192, metavar="N", help="tokens, for a transformers model; default: 8192")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="save the graph before and after: .svg, .html or .json")
+    add_config(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`lighthouse explain`: print the report, save the picture. The exit status is 1 where nothing would be rewritten."""
+    config = config_from(options)
+    if is_function(options.model):
+        model, inputs = _pair(options.model, call_function(options.model))
+        report = explain(model, *inputs, config=config)
+    else:
+        report = _of_transformers(options, config)
+    report.print(Console(width=None if sys.stdout.isatty() else _WIDTH))
+    if options.out:
+        print(f"written: {report.save(options.out)}")
+    return 0 if report.rewritten else 1
+
+
+def _pair(name: str, made: Any) -> tuple[Any, tuple[Any, ...]]:
+    if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
+        raise TypeError(f"{name!r} returned a {type(made).__name__}: it has to return (model, inputs)")
+    model, inputs = made
+    return model, inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _of_transformers(options: argparse.Namespace, config: Any) -> Report:
+    library = transformers()
+    described = library.AutoConfig.from_pretrained(options.model)
+    described.use_cache = False  # as in training
+    with torch.device("meta"):  # shapes are all that a trace needs: no memory for the weights
+        model: nn.Module = library.AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
+        ids = torch.zeros(1, options.length, dtype=torch.long)
+    return explain(model.train(), ids, config=config)
