@@ -1,4 +1,4 @@
-"""The ops: select, gather, scatter, in `ops`, the checks of masks in `causal_mask` and `block_lists`. The ops' plain twins are in `reference`.
+"""The ops: select, gather, scatter, in `ops`, with plain twins in `reference`; checks of masks in `causal_mask`, `block_lists`.
 
 Importing this package as `lighthouse_fx.kernels` registers the ops under `torch.ops.lighthouse_fx` and does nothing else.
 """

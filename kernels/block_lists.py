@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_private import assert_async
+
 
 @torch.library.custom_op("lighthouse_fx::check_blocks", mutates_args=())
 def check_blocks(
@@ -59,7 +61,7 @@ def check_blocks(
         right = right & full_right
     wrong = (shown & (listed + full != 1)) | ((full != 0) & ~whole)  # [B or 1, H or 1, rows, columns]
     if count.device.type == "cuda":
-        torch._assert_async(right & ~wrong.any(), _message(call, "has lists of blocks that are not those of its mask_mod"))
+        assert_async(right & ~wrong.any(), _message(call, "has lists of blocks that are not those of its mask_mod"))
     elif not right:
         raise ValueError(_message(call, "lists more blocks than there are"))
     elif wrong.any():

@@ -12,6 +12,7 @@ import torch
 try:
     from torch import _assert_async as assert_async
     from torch._C import _has_storage as has_storage
+    from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.eval_frame import OptimizedModule
     from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext
@@ -71,5 +72,6 @@ __all__ = [
     "list_options",
     "pytree",
     "run_backward",
+    "set_grad_enabled",
     "trace_structured",
 ]

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 
+from ..kernels.torch_private import HigherOrderOperator, set_grad_enabled
 from .call import AttentionCall, Steps, add_calls, constant, fake
 from .elements import operation_name
 from .find import module_path, source_line
@@ -68,7 +68,7 @@ def _name(node: fx.Node) -> str:
 
 def _operator(node: fx.Node, region: Region) -> fx.Node | None:
     """flash-attn's operator in the forward of an autograd function."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() != "autograd_function_apply":
+    if not isinstance(node.target, HigherOrderOperator) or node.target.name() != "autograd_function_apply":
         return None
     body = _forward(node, region)
     inside = body.graph.nodes if body is not None else ()
@@ -151,7 +151,7 @@ def _arguments_inside(node: fx.Node, region: Region, inside: fx.Node) -> dict[st
     for x in body.graph.nodes:
         if x in (inside, first, result) or x.op in ("placeholder", "output"):
             continue
-        if operation_name(x) != "getitem" and x.target is not torch._C._set_grad_enabled:
+        if operation_name(x) != "getitem" and x.target is not set_grad_enabled:
             raise Unclear(f"flash-attn's autograd function also computes {x.name}")
     return given | {name: outer[given[name]] for name in ("q", "k", "v")}
 

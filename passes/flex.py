@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..kernels.torch_private import HigherOrderOperator
 from .call import AttentionCall, add_calls, fake
 from .elements import ORIGIN, Elements, is_one, operation_name
 from .find import module_path, source_line
@@ -35,6 +36,7 @@ from .writes import writes_in_place
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _CAUSAL = Diagonals(((0, float("inf")),))
 _LONGEST = 2**31 - 1  # positions are int32
+_WHOLE = (torch.int16, torch.int32, torch.int64)
 _ALL = 1 << 30  # the size of a block that no sequence exceeds, as flex_attention itself takes it
 
 
@@ -44,7 +46,7 @@ def find_flex(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any)
     for region in regions(gm):
         for node in region.gm.graph.nodes:
             order.append(node)
-            if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() == "flex_attention":
+            if isinstance(node.target, HigherOrderOperator) and node.target.name() == "flex_attention":
                 found.append(_understood(node, region))
     add_calls(gm, found, order)
     return gm
@@ -160,7 +162,7 @@ def _same_number(node: Any, batch: fx.Node, row: fx.Node, column: fx.Node) -> fx
         return None
     (left, at), (right, beside) = (x.args for x in node.args)  # type: ignore[union-attr]
     tensor = fake(left)
-    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.is_floating_point() or tensor.is_complex():
+    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.dtype not in _WHOLE:
         return None
     return left if {at, beside} == {(batch, row), (batch, column)} and tensor.dim() == 2 else None
 
