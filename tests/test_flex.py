@@ -6,7 +6,7 @@ declared to need them.
 
 import pytest
 import torch
-from small_models import CONFIG
+from small_models import CONFIG, FIELDS
 from test_passes import B, D, G, H, N
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
@@ -304,3 +304,19 @@ def test_without_gradients_the_users_graph_runs():
     report = lighthouse_fx.explain(flex_attention, *qkv(), config=CONFIG)
     (call,) = report.calls
     assert "needs no gradient" in call.reason
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_with_it():
+    numbers = numbered().cuda()
+    inside = and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j])
+    mask = create_block_mask(inside, B, None, N, N, device="cuda", BLOCK_SIZE=16)
+    tensors = [x.cuda().bfloat16().requires_grad_() for x in qkv()]
+    run = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend="lighthouse", options=FIELDS)
+    found = with_gradients(run, tensors)
+    assert lighthouse_fx.reports()[-1].rewritten == 1
+
+    def oracle(q, k, v):
+        return lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG)
+
+    torch.testing.assert_close(found, with_gradients(oracle, tensors), rtol=2e-2, atol=2e-2)
