@@ -33,7 +33,8 @@ from torch.overrides import TorchFunctionMode
 from training import Optimizer, mean_loss, validate
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx import LighthouseConfig, Passkey, lighthouse_attention
+from lighthouse_fx.passkey import find_passkeys
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 Phase = tuple[float, LighthouseConfig | None]  # share of all steps; None: dense attention
@@ -226,6 +227,9 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
             torch.save(
                 {"result": result, "masters": optimizer.masters, "adam": optimizer.adam.state_dict()}, saved
             )
+    task = Passkey(lengths=(args.seq_len // 4, args.seq_len // 2, args.seq_len), batch=args.batch)
+    with torch.compiler.set_stance("force_eager"):  # dense, and no graph for each length
+        retrieval = find_passkeys(model.eval(), task, device=validation.device)
     # The median of each phase, so that compilation is left out.
     typical, first = 0.0, 0
     for end, _ in ends:
@@ -236,6 +240,8 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
         "train_seconds": typical,
         "wall_seconds": sum(result["seconds"]),
         "final": list(result["validation"].values())[-1],
+        "retrieval": {"lengths": task.lengths, "depths": retrieval.depths, "found": retrieval.found},
+        "passkeys": retrieval.accuracy,
     }
 
 
@@ -244,7 +250,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     shown = Table(title="Dense validation loss, nats per byte", title_justify="left")
     for column in ("recipe", "what"):
         shown.add_column(column)
-    for column in ("at the switch", "final", "over dense", "training s", "speed over dense"):
+    for column in ("at the switch", "final", "over dense", "training s", "speed over dense", "passkeys"):
         shown.add_column(column, justify="right")
     for r in results:
         switch = r.get("switch_loss")
@@ -256,6 +262,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{r['final'] - dense['final']:+.3f}" if dense else "-",
             f"{r['train_seconds']:.0f}",
             f"{dense['train_seconds'] / r['train_seconds']:.2f}x" if dense else "-",
+            f"{r['passkeys']:.0%}" if "passkeys" in r else "-",
         )
     return shown
 

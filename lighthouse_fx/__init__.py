@@ -13,11 +13,13 @@ from .functional import lighthouse_attention
 from .journal import reports
 from .loss_monitor import Divergence
 from .passkey import Passkey
+from .profiling import profile
 from .recovery import StageEvent
 from .report import AttentionRecord, GraphReport, Report
 from .schedule import TwoStage
 from .stage import dense, pretraining
 from .tracing import explain
+from .tuning import tune
 from .validation import validate
 from .verdict import Validation
 from .verification import verify
@@ -41,7 +43,9 @@ __all__ = [
     "explain",
     "lighthouse_attention",
     "pretraining",
+    "profile",
     "reports",
+    "tune",
     "validate",
     "verify",
 ]

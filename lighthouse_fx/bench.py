@@ -103,7 +103,7 @@ def measure_layer(
     launched = _times(compiled, tokens, device, captured=False)
     memory = timing.added_memory(lambda: _both(compiled, tokens), device)
     del tokens
-    with _fastest(device):
+    with fastest_attention(device):
         entries = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in _inputs(shape, gathered, device)]
         inner = _times(_inner, entries, device)
         del entries
@@ -122,7 +122,7 @@ def measure_layer(
         dense=dense_times,
         launched_dense=launched_dense,
         inner=inner,
-        floor=1000 * _traffic(shape, gathered) / bandwidth,
+        floor=1000 * traffic(shape, gathered) / bandwidth,
         memory=memory,
     )
 
@@ -232,14 +232,14 @@ def _times(
     return forward, timing.milliseconds(lambda: _both(attention, tensors, grad), device, captured=captured)
 
 
-def _fastest(device: torch.device) -> AbstractContextManager[Any]:
+def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
     """The stock attention that kernel="auto" prefers, for what is compared with: no straw man."""
     if device.type != "cuda":
         return nullcontext()
     return sdpa_kernel(preferred(device), set_priority=True)
 
 
-def _traffic(shape: LayerShape, gathered: int) -> int:
+def traffic(shape: LayerShape, gathered: int) -> int:
     """Least bytes that move around the attention, forward and backward. Source: SPEC.md, "Cost"."""
     row = shape.dim * int(getattr(torch, shape.dtype).itemsize)
     q, kv = shape.heads * row, 2 * shape.groups * row

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import command_bench, command_explain, command_report, command_validate
+from . import command_bench, command_explain, command_profile, command_report, command_tune, command_validate
 
-_COMMANDS = (command_explain, command_bench, command_report, command_validate)
+_COMMANDS = (command_explain, command_bench, command_tune, command_profile, command_validate, command_report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

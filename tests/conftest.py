@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
 
-from lighthouse_fx import stage
+from lighthouse_fx import journal, stage
 from lighthouse_fx.kernels import dispatch
 
 
@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def clean_start():
     torch._dynamo.reset()
+    journal._reports.clear()  # it keeps the last 256, and tests count what is added
     torch.manual_seed(0)
     assert stage.current.kind == "default", "an earlier test left a stage behind"
     yield

@@ -95,9 +95,9 @@ def test_a_dropped_argument_is_caught(monkeypatch, name):
 def test_exchanged_queries_and_keys_are_caught(monkeypatch):
     right = rewriting._rewrite
 
-    def wrong(call, config, index):
+    def wrong(call, config, index, *rest):
         graph = call.node.graph
-        right(call, config, index)
+        right(call, config, index, *rest)
         gathers = [n for n in graph.nodes if n.target is torch.ops.lighthouse_fx.gather.default]
         (inner,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
         inner.args = (gathers[1], gathers[0], gathers[2])
@@ -115,9 +115,9 @@ def test_a_gradient_that_is_cut_is_caught(monkeypatch):
     # The loss and all outputs are right here: only the gradients tell.
     right = rewriting._rewrite
 
-    def wrong(call, config, index):
+    def wrong(call, config, index, *rest):
         graph = call.node.graph
-        right(call, config, index)
+        right(call, config, index, *rest)
         (inner,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
         with graph.inserting_before(inner):
             inner.args = (graph.call_method("detach", (inner.args[0],)), *inner.args[1:])

@@ -1,0 +1,115 @@
+"""`lighthouse profile`: where the time of a step goes, dense and with Lighthouse."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import profile_figures
+from .bench import LayerShape
+from .config import LighthouseConfig
+from .cost import Card, measure_card
+from .profile_steps import Step, layer_step, llama_step, model_step
+from .profiling import profile
+
+_WIDTH = 150  # where there is no terminal, whose width is known
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `lighthouse profile`."""
+    parser = commands.add_parser("profile", help="say where the time of a training step goes, dense and with Lighthouse")
+    parser.description = (
+        "Profiles training steps, dense and with Lighthouse: selection, gather, attention, scatter and the rest, with the "
+        "rates reached beside the peaks of this machine. Of one attention layer, or of a small Llama, or of a model of yours."
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default="layer",
+        help="'layer' (the default), 'llama', or package.module:function of yours that returns (model, inputs)",
+    )  # fmt: skip
+    parser.add_argument("--length", type=int, default=32_768, metavar="N", help="tokens; default: 32768")
+    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads; default: 8")
+    parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
+    parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension; default: 128")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--layers", type=int, default=8, help="of the Llama, its first and last dense; default: 8")
+    parser.add_argument("--levels", type=int, default=3, metavar="L")
+    parser.add_argument("--pooling", type=int, default=4, metavar="P")
+    parser.add_argument("--topk", type=int, default=1024, metavar="K")
+    parser.add_argument("--steps", type=int, default=3, help="steps to record; default: 3")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="the card's peak; default: measured by a matrix product")
+    parser.add_argument("--peak-bandwidth-tb", type=float, metavar="X", help="its peak in TB/s; default: measured by a copy")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw two stacked bars (.png, .svg; extra 'plot')")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`lighthouse profile`: print the table, draw the picture."""
+    device = torch.device(options.device)
+    step = _step(options, device)
+    with Console(stderr=True).status("profiling") as status:
+        status.update("profiling: the rates of this machine")
+        card = _with_peaks(measure_card(device, options.dtype), options)
+        found = profile(
+            step,
+            device=device,
+            card=card,
+            steps=options.steps,
+            progress=lambda what: status.update(f"profiling: {what}"),
+        )
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(profile_figures.table(found))
+    if options.picture:
+        print(f"written: {found.save_picture(options.picture)}")
+    return 0
+
+
+def _step(options: argparse.Namespace, device: torch.device) -> Step:
+    config = LighthouseConfig(levels=options.levels, pooling=options.pooling, topk=options.topk)
+    if ":" in options.model:
+        model, inputs = _called(options.model)
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        moved = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
+        return model_step(model.to(device), moved, config)
+    shape = LayerShape(
+        length=options.length,
+        heads=options.heads,
+        groups=options.heads if options.groups is None else options.groups,
+        dim=options.dim,
+        dtype=options.dtype,
+    )
+    if options.model == "layer":
+        return layer_step(shape, config, device)
+    if options.model == "llama":
+        return llama_step(shape, config, device, layers=options.layers)
+    raise ValueError(f"MODEL={options.model!r}: give 'layer', 'llama' or package.module:function")
+
+
+def _with_peaks(card: Card, options: argparse.Namespace) -> Card:
+    if options.peak_tflops is not None:
+        card = replace(card, matmul=options.peak_tflops * 1e12)
+    if options.peak_bandwidth_tb is not None:
+        card = replace(card, bandwidth=options.peak_bandwidth_tb * 1e12)
+    return card
+
+
+def _called(name: str) -> tuple[Any, Any]:
+    """What `module:function` returns: the model and its inputs. Modules beside which the command runs are found."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"MODEL={name!r} cannot be called ({error}): give package.module:function") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
+        raise TypeError(f"MODEL={name!r} returned a {type(made).__name__}: it has to return (model, inputs)")
+    return made
