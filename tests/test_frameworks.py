@@ -25,7 +25,7 @@ LIGHTHOUSE, DENSE = "Lighthouse", "dense"
 def without_inductor(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     compile_fx = importlib.import_module("torch._inductor.compile_fx")  # the package has a function of that name
-    for module in (compile_fx, lighthouse_fx.dynamo):
+    for module in (compile_fx, lighthouse_fx.backend):
         monkeypatch.setattr(module, "compile_fx", lambda gm, inputs, **options: gm)
 
 
