@@ -76,8 +76,8 @@ def test_recipes(tmp_path):
     """Two recipes on the same tokens. One that is done, started again, runs no step and says the same."""
     script = SCRIPT.with_name("recipes.py")
     tiny = (
-        "--seq-len=2048 --batch=1 --layers=3 --width=32 --heads=2 --mlp=48 --warmup=2 --validate-every=4 --validation-windows=2 "
-        "--device=cpu --save-every=6 --steps=8"
+        "--seq-len=2048 --batch=1 --layers=3 --width=32 --heads=2 --mlp=48 --warmup=2 --validate-every=4 "
+        "--validation-windows=2 --device=cpu --save-every=6 --steps=8"
     )
 
     def run(*names: str, out: Path) -> dict:
