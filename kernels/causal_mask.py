@@ -8,7 +8,10 @@ check returns a zero that they know nothing of, and what the attention reads is 
 as equal operations do, so a mask that all layers share is read once.
 
 The causal mask is True for the keys 0 to i of query i and False elsewhere; or, added to the scores, 0 for those and -inf,
-or the lowest number of its dtype, elsewhere. NaN is neither.
+or the lowest number of its dtype, elsewhere. NaN is neither. In a mask wider than bfloat16, bfloat16's lowest, -3.39e38, and
+float32's are low enough, too: a mask may be made in one dtype and added in another. A query always has key i besides, and
+exp is exactly 0 unless scores of one query lie 3e38 apart, which float32's own lowest does not allow either. float16's lowest
+hides a key in a float16 mask only: scores that lie 65,504 apart are possible.
 """
 
 from __future__ import annotations

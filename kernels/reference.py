@@ -179,6 +179,11 @@ def scatter_backward(
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
+def hidden_from(dtype: torch.dtype) -> float:
+    """The value at or below which a mask of this dtype hides a key. `causal_mask.py` says why this one."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+
+
 def is_causal_mask(mask: Tensor) -> Tensor:
     """Whether a mask `[.., N, N]` is the causal mask: a bool `[]`."""
     found = torch.ones((), dtype=torch.bool, device=mask.device)
@@ -198,7 +203,7 @@ def rows_that_are_causal(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
         if mask.dtype == torch.bool:
             yield start, block == earlier
         else:
-            yield start, torch.where(earlier, block == 0, block <= torch.finfo(mask.dtype).min)
+            yield start, torch.where(earlier, block == 0, block <= hidden_from(mask.dtype))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

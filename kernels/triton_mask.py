@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import launchable
+from .reference import hidden_from
 from .triton_launch import on_device_of
 
 _BLOCK_I, _BLOCK_J, _WARPS = 16, 256, 4  # not measured: wide enough for whole cache lines of a boolean mask
@@ -19,7 +20,7 @@ _BLOCK_I, _BLOCK_J, _WARPS = 16, 256, 4  # not measured: wide enough for whole c
 @triton.jit
 def _mask_kernel(
     mask, wrong, tokens, heads, blocks, stride_b, stride_h, stride_i, stride_j,
-    IS_BOOL: tl.constexpr, LOWEST: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    IS_BOOL: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Program: BLOCK_I rows of one batch row and head."""
     lead = (tl.program_id(0) // blocks).to(tl.int64)
@@ -36,7 +37,7 @@ def _mask_kernel(
         if IS_BOOL:
             right = (values != 0) == earlier
         else:
-            right = (earlier & (values == 0)) | ((j[None, :] > i[:, None]) & (values <= LOWEST))
+            right = (earlier & (values == 0)) | ((j[None, :] > i[:, None]) & (values <= HIDDEN))
         found |= tl.where(inside & (right == 0), 1, 0)
     tl.store(wrong + tl.program_id(0), tl.max(tl.max(found, axis=1), axis=0))
 
@@ -51,7 +52,7 @@ def is_causal_mask(mask: Tensor) -> Tensor:
     with on_device_of(mask):
         launchable(_mask_kernel)[(wrong.numel(),)](
             mask.view(torch.uint8) if is_bool else mask, wrong, tokens, heads, blocks, *mask.stride(),
-            IS_BOOL=is_bool, LOWEST=0.0 if is_bool else torch.finfo(mask.dtype).min,
+            IS_BOOL=is_bool, HIDDEN=0.0 if is_bool else hidden_from(mask.dtype),
             BLOCK_I=_BLOCK_I, BLOCK_J=_BLOCK_J, num_warps=_WARPS,
         )  # fmt: skip
     return ~wrong.any()

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from . import dynamo, stage
 from .config import LighthouseConfig
 from .kernels.documents import crowded_out, starts_of
-from .passes.call import DOCUMENTS, PACKED
+from .passes.call import CALLS, DOCUMENTS, PACKED
 from .passes.check import pyramid_over
 from .passes.document_input import sizes_when_run
 from .report import AttentionRecord
@@ -173,10 +173,8 @@ def heeded(
 
     Such calls are the same with documents and without, so only the run can tell.
     """
-    takes = DOCUMENTS in gm.meta
     unaware = [call for call in calls if not call.rewritten and not call.inside_documents]
-    if takes:
-        compiled = _supplied(compiled, gm, config, selects=any(call.rewritten for call in calls))
+    compiled = supplied(compiled, gm, config)
     if not unaware:
         return compiled
     which = ", ".join(dict.fromkeys(call.module or call.source or "a call" for call in unaware))
@@ -196,9 +194,11 @@ def heeded(
     return run
 
 
-def _supplied(
-    compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig, *, selects: bool
-) -> Callable[..., Any]:
+def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig) -> Callable[..., Any]:
+    """A compiled graph that gets the documents that are on as its last input, if it has that input."""
+    if DOCUMENTS not in gm.meta:
+        return compiled
+    selects = any(call.refusal is None for call in gm.meta[CALLS])
     device, sizes = gm.meta[DOCUMENTS].meta["example_value"].device, sizes_when_run(gm)
 
     def run(*args: Any) -> Any:

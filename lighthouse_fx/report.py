@@ -30,7 +30,7 @@ _COLUMNS = ("module", "source", "query", "kv heads", "causal", "N", "S", "dense 
 _NOTHING_TRACED = "nothing was traced: no tensor operation ran where torch.compile could see it"
 _NO_ATTENTION = (
     "no attention call was found: the model has to call torch.nn.functional.scaled_dot_product_attention "
-    "(in transformers, attn_implementation='sdpa'; models whose scores are soft-capped, such as Gemma 2, write theirs out)"
+    "(in transformers, attn_implementation='sdpa'), or to write softmax(q k^T) v out in a way that is recognised"
 )
 
 

@@ -181,7 +181,9 @@ def _follow_scores(softmax: fx.Node, path: _Path) -> Scores:
         elif name in _PLUS or name in _FILLS or name == "where":
             _take_mask(node, source, path, scaled=scaled)
         elif not _is_plain(node, source):
-            raise Unclear(f"its scores are changed by {node.name}")
+            if name == "tanh":
+                raise Unclear("soft-capping", "without it (in transformers, attn_logit_softcapping=None) it is rewritten")
+            raise Unclear(f"its scores are changed by {name or node.name}")
         path.nodes.append(node)
         node = source
     path.nodes.append(node)

@@ -72,6 +72,7 @@ class AttentionCall:
     `score_mask` says how the mask is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is
     none, `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
     `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
+    `blocks`, of FlexAttention: how `check_blocks` begins for each set of lists of blocks that the graph has to check.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
     each token's document, which never falls along a row.
     `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
@@ -96,6 +97,7 @@ class AttentionCall:
     enable_gqa: Any = False
     documents: Any = None
     score_mask: ScoreMask | None = None
+    blocks: tuple[tuple[Any, ...], ...] = ()
     own_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     views: tuple[fx.Node, ...] = ()
     steps: Steps = ()

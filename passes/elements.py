@@ -135,13 +135,17 @@ Operation = tuple[Handler, tuple[str, ...]]  # and the names of its positional a
 def operation_name(node: fx.Node) -> str:
     """The operation's name, where it is PyTorch's own."""
     if node.op == "call_method":
-        return str(node.target)
+        return _plain_name(str(node.target))
     if node.target is builtins.getattr:
         return f".{node.args[1]}"
     name = getattr(node.target, "__name__", "")
     homes = (operator, torch, F, torch.Tensor)
     if not any(getattr(home, name, None) is node.target for home in homes):
         return ""
+    return _plain_name(name)
+
+
+def _plain_name(name: str) -> str:
     return name.strip("_") if name in _COMPARISONS else name
 
 

@@ -89,7 +89,10 @@ def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None
     call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
     try:
         if "varlen" in name:
-            raise Unclear("attention stays inside documents (not rewritten yet): flash_attn_varlen_func")
+            raise Unclear(
+                "flash_attn_varlen_func packs documents by borders and a longest length that nothing in the graph checks",
+                "use scaled_dot_product_attention with is_causal=True, inside lighthouse_fx.documents(cu_seqlens=...)",
+            )
         if inside is None and _is_operator(node):
             where = "without gradients or after a graph break"
             raise Unclear(f"flash-attn's operator is called outside its autograd function, {where}")

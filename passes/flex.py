@@ -8,8 +8,9 @@ What the two functions do is proved from their own graphs: `score_mod` has to gi
 FlexAttention asks `mask_mod` only in the partial blocks of a `BlockMask`: not in its full blocks, and what the lists of blocks
 leave out is never seen. `create_block_mask` makes the lists of the same mask_mod, but `BlockMask.from_kv_blocks` takes any
 (block-sparse attention is written that way, with a mask_mod that is causal or always true). So a mask_mod alone proves
-nothing: the lists have to be proved, too, and they are only where no block_mask was given, when the graph itself makes one
-block of everything. Lists that are inputs of the graph may hold anything, and the call stays dense.
+nothing. The lists are proved where no block_mask was given, when the graph itself makes one block of everything. Elsewhere
+they may hold anything: of a causal call, also within documents, the graph checks them in every step
+(`kernels/block_lists.py`), and any other stays dense.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..kernels.torch_private import HigherOrderOperator
 from .call import AttentionCall, add_calls, fake
-from .elements import ORIGIN, Elements, operation_name
+from .elements import ORIGIN, Elements, is_one, operation_name
 from .find import module_path, source_line
 from .layouts import only_output
 from .operations import OPERATIONS, is_interpreted
@@ -34,6 +36,7 @@ from .writes import writes_in_place
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _CAUSAL = Diagonals(((0, float("inf")),))
 _LONGEST = 2**31 - 1  # positions are int32
+_WHOLE = (torch.int16, torch.int32, torch.int64)
 _ALL = 1 << 30  # the size of a block that no sequence exceeds, as flex_attention itself takes it
 
 
@@ -60,12 +63,8 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         _check_score_mod(_body(region, score_mod))
         lengths = [x.shape[2] if (x := fake(y)) is not None and isinstance(x.shape[2], int) else _LONGEST for y in (query, key)]
         masked = _mask_mod(_body(region, block_mask[-1]), captured, *lengths)  # type: ignore[index, arg-type]
-        if masked.documents is not None:
-            call = replace(call, documents=masked.documents, is_causal=masked.causal)
-            # What consumes `documents` goes here. Their numbers are an input: that they never fall is still to be checked.
-            raise Unclear("attention stays inside documents (not rewritten yet)")
-        call = replace(call, is_causal=masked.causal)
-        _check_blocks(block_mask, region)
+        call = replace(call, is_causal=masked.causal, documents=masked.documents)
+        call = replace(call, blocks=_blocks_to_check(call, block_mask))
         if not is_number(scale) or not scale > 0:  # type: ignore[operator]
             raise Unclear(f"flex_attention's scale is {scale}", "give a positive Python number")
         heads = [tensor.shape[1] for x in (query, key) if (tensor := fake(x)) is not None]
@@ -163,7 +162,7 @@ def _same_number(node: Any, batch: fx.Node, row: fx.Node, column: fx.Node) -> fx
         return None
     (left, at), (right, beside) = (x.args for x in node.args)  # type: ignore[union-attr]
     tensor = fake(left)
-    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.is_floating_point():
+    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.dtype not in _WHOLE:
         return None
     return left if {at, beside} == {(batch, row), (batch, column)} and tensor.dim() == 2 else None
 
@@ -171,27 +170,51 @@ def _same_number(node: Any, batch: fx.Node, row: fx.Node, column: fx.Node) -> fx
 # --- its blocks -------------------------------------------------------------------------------------------------------
 
 
-def _check_blocks(block_mask: Any, region: Region) -> None:
-    """Refuse unless the graph itself says that every query's block lists the one block of all keys, as a partial one."""
-    _, _, count, indices, full_count, *_ = block_mask
-    sizes = block_mask[-3:-1]
+def _blocks_to_check(call: AttentionCall, block_mask: Any) -> tuple[tuple[Any, ...], ...]:
+    """The lists that the graph has to check, as `AttentionCall.blocks` holds them; none where it says itself what they are."""
     try:
-        if full_count is not None or any(size < _ALL for size in sizes):
-            raise Unproven("its lists of blocks are made elsewhere")
-        for node, expected in ((count, 1), (indices, 0)):
-            tensor = fake(node)
-            if tensor is None or tensor.numel() != 1:
-                raise Unproven("its lists of blocks are made elsewhere")
-            elements = Elements(OPERATIONS, {}, _as_made)
-            found = as_cases(elements.at(node, region, (ORIGIN,) * tensor.dim(), node))
-            if [value for _, value in found.parts] != [expected]:
-                raise Unproven("its lists of blocks are not those of all keys")
-            if set(elements.visited) != {node} or not _only_read(node):
-                raise Unproven("its lists of blocks may be changed in place")
+        _check_one_block(call, block_mask)
+        return ()
     except Unproven as why:
-        raise Unclear(
-            f"flex_attention is given a block_mask, which may leave out blocks that its mask_mod shows: {why}", _KEEP
-        ) from why
+        if not call.is_causal:
+            raise Unclear(
+                f"flex_attention is given a block_mask, which may leave out blocks that its mask_mod shows: {why}", _KEEP
+            ) from why
+    query = fake(call.query)
+    by_query, by_key, sizes = block_mask[2:6], block_mask[6:10], block_mask[-3:-1]
+    found = []
+    for lists, keys in ((by_query, False), (by_key, True)):
+        count, indices, full_count, full_indices = lists
+        if count is None and keys:
+            continue  # there is no backward to be wrong
+        for node, rank in ((count, 3), (indices, 4), (full_count, 3), (full_indices, 4)):
+            tensor = fake(node)
+            fits = tensor is not None and query is not None and tensor.dim() == rank and not tensor.is_floating_point()
+            if node is not None and not (fits and all(map(_broadcasts, tensor.shape[:2], query.shape[:2]))):  # type: ignore[union-attr]
+                raise Unclear("the lists of flex_attention's block_mask have not the batch and heads of its queries")
+        found.append((*lists, *sizes, keys))
+    return tuple(found)
+
+
+def _broadcasts(size: Any, of: Any) -> bool:
+    return is_one(size) or bool(size == of)
+
+
+def _check_one_block(call: AttentionCall, block_mask: Any) -> None:
+    """Raise unless the graph itself says that every query's block lists the one block of all keys, as a partial one."""
+    _, _, count, indices, full_count, *_ = block_mask
+    if full_count is not None or any(size < _ALL for size in block_mask[-3:-1]):
+        raise Unproven("its lists of blocks are made elsewhere")
+    for node, expected in ((count, 1), (indices, 0)):
+        tensor = fake(node)
+        if tensor is None or tensor.numel() != 1:
+            raise Unproven("its lists of blocks are made elsewhere")
+        elements = Elements(OPERATIONS, {}, _as_made)
+        found = as_cases(elements.at(node, call.region, (ORIGIN,) * tensor.dim(), node))
+        if [value for _, value in found.parts] != [expected]:
+            raise Unproven("its lists of blocks are not those of all keys")
+        if set(elements.visited) != {node} or not _only_read(node):
+            raise Unproven("its lists of blocks may be changed in place")
 
 
 def _only_read(node: fx.Node) -> bool:

@@ -15,7 +15,8 @@ After:
 
 Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/causal_mask.py`):
     check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
-where the mask is applied, which in attention by hand is before its output.
+where the mask is applied, which in attention by hand is before its output. So they do on a check of the lists of blocks that
+FlexAttention is given (`kernels/block_lists.py`).
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
@@ -83,8 +84,12 @@ def _mask_users(call: AttentionCall, calls: Sequence[AttentionCall]) -> str:
         return ""
     mask = _origin(call.unproved, call.region)
     users = [other for other in calls if other.unproved is not None and _origin(other.unproved, other.region) is mask]
-    name = f"{users[0].module or 'an attention call'} ({Path(users[0].source).name})"
+    name = _name(users[0])
     return name if len(users) == 1 else f"{name} and {len(users) - 1} more"
+
+
+def _name(call: AttentionCall) -> str:
+    return f"{call.module or 'an attention call'} ({Path(call.source).name})"
 
 
 def _origin(node: Any, region: Region) -> Any:
@@ -157,6 +162,14 @@ def _rewrite(
                 if form and form.fill is not None and form.hides:
                     mask = function(torch.logical_not, mask, value=torch.logical_not(mask.meta["example_value"]))
                 check = function(_OPS.check_causal.default, mask, mask_users, REVISION, value=zero)
+            entries = function(operator.add, entries, check, value=index_tensors[0])
+        for count, indices, full_count, full_indices, *rest in call.blocks:
+            own = starts if call.documents is not documents else ()  # what its mask_mod compares
+            check = function(
+                _OPS.check_blocks.default,
+                count, indices, full_count, full_indices, own[0] if own else None, length, *rest, _name(call), REVISION,
+                value=empty(k, dtype=torch.int32),
+            )  # fmt: skip
             entries = function(operator.add, entries, check, value=index_tensors[0])
         gathered = (q, k, v) if call.kept_inside else [
             function(

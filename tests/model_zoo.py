@@ -147,9 +147,8 @@ MODELS = {
     "Gemma 2": Entry(
         build=causal("Gemma2", **_GEMMA),
         inputs=token_ids,
-        whole=(),
-        layers=(),
-        note="transformers writes soft-capped attention out and never calls SDPA, so none is found",
+        whole=(False, False),
+        layers=(False, False),
     ),
     "Gemma 3": Entry(
         build=causal(

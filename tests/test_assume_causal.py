@@ -29,6 +29,9 @@ MASKS = {
     "0 and lowest": lambda: torch.zeros(2, 1, N, N, dtype=torch.float64).masked_fill(
         ~by_arange(), torch.finfo(torch.float64).min
     ),
+    "0 and bfloat16's lowest": lambda: torch.zeros(N, N, dtype=torch.float64).masked_fill(
+        ~by_arange(), torch.finfo(torch.bfloat16).min
+    ),
 }
 
 

@@ -292,7 +292,7 @@ OTHER = {
     ),
     "two masks": (lambda q, k, v: (scores(q, k) + bias() + bias()).softmax(-1) @ v, "more than one mask"),
     "masked, then scaled": (lambda q, k, v: ((scores(q, k) + bias()) * SCALE).softmax(-1) @ v, "after they are masked"),
-    "soft-capping": (lambda q, k, v: (torch.tanh(scores(q, k) / 5) * 5).softmax(-1) @ v, "changed by tanh"),
+    "soft-capping": (lambda q, k, v: (torch.tanh(scores(q, k) / 5) * 5).softmax(-1) @ v, "hand: soft-capping"),
     "a negative scale": (lambda q, k, v: (scores(q, k) * -1).softmax(-1) @ v, "scale is -1"),
     "a tensor as scale": (lambda q, k, v: (scores(q, k) * q.mean()).softmax(-1) @ v, "computed in the graph"),
     "scores to the power": (lambda q, k, v: (2 / scores(q, k)).softmax(-1) @ v, "divides by the scores"),

@@ -211,6 +211,12 @@ def test_attention_that_is_not_causal_is_dense_inside_and_rewritten_outside():
         assert not torch.allclose(run(x), model(x))
 
 
+def test_verify_knows_dense_layers_inside_documents():
+    config = lighthouse_fx.LighthouseConfig(**FIELDS, dense_layers=(0,))
+    with lighthouse_fx.documents(NUMBERS):
+        assert lighthouse_fx.verify(Model(2), inputs(), config=config).passed
+
+
 # --- which documents are on ---------------------------------------------------------------------------------------------
 
 

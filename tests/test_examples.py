@@ -69,3 +69,28 @@ def test_pretrain_refuses_a_stage_longer_than_the_run(tmp_path: Path) -> None:
     done = pretrain("--steps=5", "--lighthouse-steps=6", f"--out={tmp_path}")
     assert done.returncode == 2
     assert "--lighthouse-steps 6: give 1 to --steps, which is 5" in done.stderr
+
+
+@pytest.mark.slow
+def test_recipes(tmp_path):
+    """Two recipes on the same tokens. One that is done, started again, runs no step and says the same."""
+    script = SCRIPT.with_name("recipes.py")
+    tiny = (
+        "--seq-len=2048 --batch=1 --layers=3 --width=32 --heads=2 --mlp=48 --warmup=2 --validate-every=4 "
+        "--validation-windows=2 --device=cpu --save-every=6 --steps=8"
+    )
+
+    def run(*names: str, out: Path) -> dict:
+        command = [sys.executable, str(script), *names, *tiny.split(), f"--out={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+
+    found = run("dense", "k256-rescaled", out=tmp_path)
+    dense, rescaled = found["dense"], found["k256-rescaled"]
+    assert len(dense["losses"]) == len(rescaled["losses"]) == 8 and dense["factors"] == []
+    assert len(rescaled["factors"]) == 1  # one Lighthouse layer
+    assert dense["losses"][0] != rescaled["losses"][0]  # another attention from the first step on
+    assert (tmp_path / "recipes.png").stat().st_size > 0
+    again = run("k256-rescaled", out=tmp_path)["k256-rescaled"]
+    assert again["losses"] == rescaled["losses"] and again["final"] == rescaled["final"]

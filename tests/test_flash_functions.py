@@ -205,7 +205,7 @@ def test_packed_sequences_are_left(flash):
     def function(q, k, v):
         return flash.flash_attn_varlen_func(q[0], k[0], v[0], ends, ends + 0, 40, 40, True)
 
-    assert_left(function, qkv(), "inside documents")
+    assert_left(function, qkv(), "packs documents by borders")
 
 
 def test_one_tensor_given_twice_breaks_the_graph(flash):

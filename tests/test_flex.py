@@ -6,11 +6,12 @@ declared to need them.
 
 import pytest
 import torch
-from small_models import CONFIG
+from small_models import CONFIG, FIELDS
 from test_passes import B, D, G, H, N
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
 
 import lighthouse_fx
+from lighthouse_fx.documents import prepared, supplied
 from lighthouse_fx.passes import CALLS, run_passes
 
 OPS = torch.ops.lighthouse_fx
@@ -33,6 +34,7 @@ def flexed(function, *tensors):
     graphs = []
 
     def backend(gm, example_inputs):
+        gm = prepared(gm)
         before = str(gm.graph)
         for node in gm.graph.nodes:
             value = node.meta.get("example_value")
@@ -40,7 +42,12 @@ def flexed(function, *tensors):
                 if isinstance(x, torch.Tensor) and x.is_floating_point():
                     x.requires_grad_()
         graphs.append((run_passes(gm, example_inputs, config=CONFIG), before))
-        return gm.forward
+
+        def run(*inputs):
+            gm.meta["inputs"] = inputs
+            return supplied(gm, gm, CONFIG)(*inputs)
+
+        return run
 
     torch.compile(function, backend=backend)(*tensors)
     (found,) = graphs
@@ -81,32 +88,149 @@ def test_without_masks_it_is_the_functional_form(groups):
 
 
 MASKS = {
-    "causal": (causal, True),
-    "causal, the other way": (lambda b, h, i, j: j <= i, True),
-    "causal and full": (and_masks(causal, lambda b, h, i, j: i.new_ones((), dtype=torch.bool)), True),
+    "causal": causal,
+    "causal, the other way": lambda b, h, i, j: j <= i,
+    "causal and full": and_masks(causal, lambda b, h, i, j: i.new_ones((), dtype=torch.bool)),
 }
 
 
-@pytest.mark.parametrize("case", ["causal", "causal, the other way", "causal and full"])
-def test_a_causal_mask_mod_is_proved_but_its_blocks_are_not(case):
-    mask = blocks(MASKS[case][0])
+def numbered(batch=B):
+    return (torch.arange(N) // 24).expand(batch, N).contiguous()
+
+
+def compare(function, oracle, groups=H):
+    """Outputs and gradients of the rewritten graph, in float64, with the functional form."""
+    gm, call = call_of(function, *(given := qkv(groups)))
+    assert call.refusal is None and call.is_causal is True
+    assert not any("flex_attention" in str(node.target) for node in gm.graph.nodes)
+    inputs = gm.meta["inputs"]
+    places = [next(n for n, x in enumerate(inputs) if x is y) for y in given]
+    tensors = [x.requires_grad_() for x in qkv(groups, torch.float64)]
+
+    def rewritten(*tensors):
+        arguments = list(inputs)
+        for place, x in zip(places, tensors, strict=True):
+            arguments[place] = x
+        return gm(*arguments)[0]
+
+    torch.testing.assert_close(with_gradients(rewritten, tensors), with_gradients(oracle, tensors), rtol=1e-9, atol=1e-12)
+    return gm
+
+
+@pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("size", [128, 16])
+def test_a_causal_mask_mod_is_proved_and_its_blocks_are_checked(case, size):
+    mask = create_block_mask(MASKS[case], None, None, N, N, device="cpu", BLOCK_SIZE=size)
+    gm = compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask, scale=0.3, enable_gqa=True),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(
+            q, k, v, is_causal=True, scale=0.3, enable_gqa=True, config=CONFIG
+        ),
+        groups=G,
+    )
+    checks = [node for node in gm.graph.nodes if node.target is OPS.check_blocks.default]
+    assert [node.args[8] for node in checks] == [False, True]  # the lists of the forward and of the backward
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_documents(order):
+    numbers = numbered()
+
+    def same(b, h, i, j):
+        return numbers[b, i] == numbers[b, j]
+
+    mask = create_block_mask(and_masks(*[causal, same][::order]), B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG),
+    )
+    numbers[1, 40] = 9  # the lists are still those of the documents as they were, and the numbers fall
+    with pytest.raises(RuntimeError, match="numbers of documents fall"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+    numbers[1, 40:] = 9
+    with pytest.raises(ValueError, match="make the block_mask with create_block_mask"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
+def test_documents_of_lists_that_know_of_none():
+    """Lists that show more than mask_mod are right as long as no block is full; the causal mask's are not."""
+    numbers = numbered()
+    inside = and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j])
+    lists = create_block_mask(causal, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    mask = BlockMask.from_kv_blocks(*lists.as_tuple()[2:6], BLOCK_SIZE=16, mask_mod=inside)
+    with pytest.raises(ValueError, match="listed as what it is not"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+    partial = torch.arange(4, dtype=torch.int32).expand(B, 1, 4, 4).contiguous()
+    mask = BlockMask.from_kv_blocks(torch.full((B, 1, 4), 4, dtype=torch.int32), partial, BLOCK_SIZE=16, mask_mod=inside)
+    compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG),
+    )
+
+
+def test_documents_given_from_outside():
+    """The lists are checked for mask_mod's own mask, which is causal; attention then stays inside documents."""
+    numbers, tensors = numbered(), qkv()
+    mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+    with lighthouse_fx.documents(numbers):
+        found = []
+        call_of(lambda q, k, v: found.append(flex_attention(q, k, v, block_mask=mask)) or found[0], *tensors)
+    expected = lighthouse_fx.lighthouse_attention(*tensors, is_causal=True, documents=numbers, config=CONFIG)
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_full_attention_given_lists_is_left():
+    mask = blocks(lambda b, h, i, j: i >= i)
     _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
-    assert call.is_causal is True
-    assert "made elsewhere" in call.refusal.reason and "is_causal=True" in call.refusal.remedy
+    assert call.is_causal is False and "made elsewhere" in call.refusal.reason
+
+
+def test_documents_that_are_not_causal_are_left():
+    numbers = numbered()
+    mask = blocks(lambda b, h, i, j: numbers[b, i] == numbers[b, j], B)
+    _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+    assert "made elsewhere" in call.refusal.reason
 
 
 @pytest.mark.slow
-def test_blocks_that_the_graph_makes_are_not_proved_either():
-    _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=blocks(causal)))
-    assert call.is_causal is True and "made elsewhere" in call.refusal.reason
+def test_blocks_that_the_graph_makes():
+    compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=blocks(causal)),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, config=CONFIG),
+    )
 
 
-def test_block_sparse_attention_is_not_taken_for_dense():
+def test_block_sparse_attention_raises():
     # Every row of blocks sees the first block alone; its mask_mod says nothing of that.
-    count, first = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
-    sparse = BlockMask.from_kv_blocks(count, first, BLOCK_SIZE=N)
-    _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=sparse))
-    assert "block_mask" in call.refusal.reason
+    count, first = torch.ones(1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 4, 4, dtype=torch.int32)
+    sparse = BlockMask.from_kv_blocks(count, first, BLOCK_SIZE=16, mask_mod=causal)
+    with pytest.raises(ValueError, match=r"block 1 of queries and block 1 of keys.* keep the attention dense"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=sparse))
+
+
+def test_lists_of_the_backward_that_lie_raise():
+    mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+    mask.q_num_blocks[0, 0, 1] = 0
+    with pytest.raises(ValueError, match="block 1 of queries and block 1 of keys"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
+def test_lists_that_change_are_checked_anew():
+    mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+    tensors = qkv()
+    gm, _ = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), *tensors)
+    gm(*gm.meta["inputs"])
+    mask.kv_num_blocks[0, 0, 1] = 0
+    with pytest.raises(ValueError, match="block 1 of queries and block 1 of keys"):
+        gm(*gm.meta["inputs"])
+
+
+def test_lists_of_fewer_rows_than_the_batch_are_left():
+    """FlexAttention takes them in turn."""
+    mask = blocks(causal, 2)
+    tensors = [torch.randn(4, H, N, D) for _ in range(3)]
+    _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), *tensors)
+    assert "have not the batch and heads" in call.refusal.reason
 
 
 def test_no_blocks_at_all_are_not_taken_for_all():
@@ -128,20 +252,6 @@ def test_blocks_that_are_written_to_are_not_proved():
 
     _, call = call_of(function)
     assert "changed in place" in call.refusal.reason
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_documents_are_recognised(order):
-    numbers = (torch.arange(N) // 24).expand(B, N).contiguous()
-
-    def same(b, h, i, j):
-        return numbers[b, i] == numbers[b, j]
-
-    mask = blocks(and_masks(*[causal, same][::order]), B)
-    _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
-    assert call.is_causal is True
-    assert call.documents.op == "placeholder" and call.documents.meta["example_value"].shape == (B, N)
-    assert "inside documents" in call.refusal.reason
 
 
 TABLE = torch.arange(N)
@@ -194,3 +304,19 @@ def test_without_gradients_the_users_graph_runs():
     report = lighthouse_fx.explain(flex_attention, *qkv(), config=CONFIG)
     (call,) = report.calls
     assert "needs no gradient" in call.reason
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_with_it():
+    numbers = numbered().cuda()
+    inside = and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j])
+    mask = create_block_mask(inside, B, None, N, N, device="cuda", BLOCK_SIZE=16)
+    tensors = [x.cuda().bfloat16().requires_grad_() for x in qkv()]
+    run = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend="lighthouse", options=FIELDS)
+    found = with_gradients(run, tensors)
+    assert lighthouse_fx.reports()[-1].rewritten == 1
+
+    def oracle(q, k, v):
+        return lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG)
+
+    torch.testing.assert_close(found, with_gradients(oracle, tensors), rtol=2e-2, atol=2e-2)

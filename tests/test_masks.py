@@ -10,6 +10,7 @@ from test_passes import CALLS, H, N, assert_refused, heads, only_call, targets, 
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
+from lighthouse_fx.passes import run_passes
 
 
 def attend(q, mask):
@@ -119,6 +120,26 @@ def test_causal_mask_is_proved_and_disappears(name):
     left = [t for t in targets(gm) if "lighthouse" not in str(t) and "getitem" not in str(t)]
     assert left == [F.scaled_dot_product_attention]  # nothing of the mask is left
     assert not [node for node in gm.graph.nodes if node.op == "call_method"]
+
+
+@pytest.mark.parametrize("name", ["equal or later", "assigned twice", "arange comparison"])
+def test_comparisons_as_older_torch_traces_them(name):
+    """torch 2.11 writes `x == y` as a call of the method `__eq__`."""
+    names = {operator.eq: "__eq__", operator.ge: "__ge__", operator.gt: "__gt__"}
+    changed, build = [], CAUSAL[name]
+
+    def backend(gm, example_inputs):
+        for node in gm.graph.nodes:
+            if node.target in names:
+                node.op, node.target = "call_method", names[node.target]
+                changed.append(node)
+        gm.recompile()
+        (call,) = run_passes(gm, example_inputs, config=CONFIG).meta[CALLS]
+        assert call.refusal is None, call.refusal
+        return gm
+
+    torch.compile(lambda q: attend(q, build()), backend=backend)(heads())
+    assert changed
 
 
 @pytest.mark.parametrize("name", OTHER)

@@ -126,6 +126,8 @@ def calls(run):
 
 @pytest.mark.parametrize("checkpointing", [None, "inside"])
 def test_a_model(checkpointing):
+    if checkpointing and torch.__version__ < "2.13":
+        pytest.skip("run op by op, as here, torch 2.11 does not run a dense checkpoint's forward again")
     layers = 2
     model = torch.compile(Model(layers, checkpointing=checkpointing), backend=passes_only, options=FIELDS)
     before = [p.detach().clone() for p in model.parameters()]

@@ -89,6 +89,18 @@ def test_mask_is_told_from_the_causal_one(triton_kernels, stretch, dtype):
     assert found[10:] in ([], [False, False, True])
 
 
+@pytest.mark.parametrize("made", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lowest_number_of_another_dtype_hides_unless_it_is_float16s(triton_kernels, dtype, made):
+    later = torch.ones(20, 20, dtype=torch.bool).triu(1)
+    mask = torch.zeros(20, 20, dtype=dtype).masked_fill(later, torch.finfo(made).min)
+    hides = made != torch.float16
+    assert triton_kernels.is_causal_mask(mask).item() is reference.is_causal_mask(mask).item() is hides
+    mask[3, 5] *= 0.99
+    assert not triton_kernels.is_causal_mask(mask)
+    assert not reference.is_causal_mask(mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("p, levels, topk, quota", SHAPES)
 def test_every_pooling_and_depth(p, levels, topk, quota, dtype, triton_kernels, stretch):

@@ -1,0 +1,53 @@
+"""What `verify` notes of attention calls as they run, on either side of its comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor
+
+from .report import AttentionRecord
+
+
+@dataclass(slots=True)
+class ObservedCall:
+    """One attention call as it ran. `gradients` are those of query, key and value, as far as they need one.
+
+    Of a call that was rewritten: `entries` int32 `[B, G, S]` and `slots` int32 `[B, G, P]`, the selection that it read, and
+    `scored`, what the scorer read in place of query and key, None where it read those.
+    """
+
+    rewritten: bool
+    tensors: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+    record: AttentionRecord | None = None
+    entries: Tensor | None = None
+    slots: Tensor | None = None
+    scored: tuple[Tensor | None, Tensor | None] = (None, None)
+    scale: float | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def keep(self, name: str, gradient: Tensor | None) -> None:
+        """Take a gradient over; there is none where a cut leaves nothing."""
+        if gradient is not None:
+            self.gradients[name] = gradient.detach().clone()
+
+
+class Observer:
+    """Notes attention calls during the forward. A checkpoint's second run, in the backward, is not noted again."""
+
+    def __init__(self) -> None:
+        self.calls: list[ObservedCall] = []
+        self.forward = True
+
+    def note(self, call: ObservedCall) -> None:
+        """Take a call over, and its gradients once they are there."""
+        if not self.forward:
+            return
+        self.calls.append(call)
+        for name, x in zip(("query", "key", "value"), call.tensors, strict=True):
+            if x.requires_grad:
+                x.register_hook(partial(call.keep, name))
