@@ -428,7 +428,7 @@ LIES = {
     "a negative bias": lambda: with_value(additive(torch.float32), M - 1, 0, value=-1.0),
     "nearly hidden": lambda: additive(torch.float32, -1e9),
     "nearly hidden in float16": lambda: additive(torch.float16, -65472.0),
-    "lowest of a narrower dtype": lambda: additive(torch.float32, torch.finfo(torch.bfloat16).min),
+    "float16's lowest in a wider mask": lambda: additive(torch.float32, torch.finfo(torch.float16).min),
     "ones and zeros, not added": lambda: by_arange(M).float(),
     "hides where it should show": lambda: additive(torch.float16).T,
 }  # fmt: skip
