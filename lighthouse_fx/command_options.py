@@ -50,7 +50,7 @@ def call_function(name: str) -> Any:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r} cannot be called ({error}): give package.module:function") from error
+        raise ValueError(f"MODEL={name!r} cannot be called ({error}): give package.module:function") from error
     finally:
         sys.path.remove(os.getcwd())
     return function()

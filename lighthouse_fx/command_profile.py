@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from . import profile_figures
 from .bench import LayerShape
+from .command_options import call_function
 from .config import LighthouseConfig
 from .cost import Card, measure_card
 from .profile_steps import Step, layer_step, llama_step, model_step
@@ -101,15 +100,8 @@ def _with_peaks(card: Card, options: argparse.Namespace) -> Card:
 
 
 def _called(name: str) -> tuple[Any, Any]:
-    """What `module:function` returns: the model and its inputs. Modules beside which the command runs are found."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"MODEL={name!r} cannot be called ({error}): give package.module:function") from error
-    finally:
-        sys.path.remove(os.getcwd())
+    """What `module:function` returns: the model and its inputs."""
+    made = call_function(name)
     if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
         raise TypeError(f"MODEL={name!r} returned a {type(made).__name__}: it has to return (model, inputs)")
     return made

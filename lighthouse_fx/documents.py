@@ -27,20 +27,17 @@ from .passes.document_input import sizes_when_run
 from .report import AttentionRecord
 
 
-def starts_from(
-    document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None, names: tuple[str, str] | None = None
-) -> Tensor:
+def starts_from(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
     """Where each token's document begins, int32 `[B, N]`, from either form.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
     """
-    ids_name, bounds_name = names or ("document_ids", "cu_seqlens")
     if (document_ids is None) == (cu_seqlens is None):
         raise TypeError(
-            f"give either {ids_name}, an integer tensor [batch, tokens], or {bounds_name}, an integer tensor [documents + 1]"
+            "give either document_ids, an integer tensor [batch, tokens], or cu_seqlens, an integer tensor [documents + 1]"
         )
-    name, given = (ids_name, document_ids) if document_ids is not None else (bounds_name, cu_seqlens)
+    name, given = ("document_ids", document_ids) if document_ids is not None else ("cu_seqlens", cu_seqlens)
     if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         shown = f"has dtype {given.dtype}" if isinstance(given, Tensor) else f"is a {type(given).__name__}"
         raise TypeError(f"{name} {shown}: give an integer tensor")
