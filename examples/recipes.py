@@ -4,8 +4,9 @@
     python examples/recipes.py --list
 
 Every recipe starts from the same weights and sees the same tokens and learning rates in the same order; they differ in one
-thing each. Validation is always under dense attention. A run writes a checkpoint and goes on from it when started again.
-Results: a JSON file per recipe in --out, then a table and a picture of all that are there.
+thing each. `--schedule wsd` holds the learning rate until the last fifth of the steps, for all of them. Validation is always
+under dense attention. A run writes a checkpoint and goes on from it when started again. Results: a JSON file per recipe in
+--out, then a table and a picture of all that are there.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def two_stages(share: float, **fields: Any) -> tuple[Phase, ...]:
 
 
 _K1024 = Recipe(phases=two_stages(0.625, topk=1024), about="5/8 of the steps under Lighthouse, k=1,024")
+
+
+def wide(share: float, *, topk: int = 2048, pooling: int = 4) -> tuple[Phase, ...]:
+    """Two levels: more of the tokens are entries of their own than with three."""
+    return two_stages(share, levels=2, topk=topk, pooling=pooling)
+
+
+_WIDE = Recipe(phases=wide(0.625), about="two levels, k=2,048: half of the tokens")
 RECIPES = {
     "dense": Recipe(phases=((1.0, None),), about="dense attention throughout"),
     "k1024": _K1024,
@@ -83,6 +92,23 @@ RECIPES = {
     ),
     "k1024-2-levels": replace(_K1024, phases=two_stages(0.625, topk=1024, levels=2), about="two levels, k=1,024"),
     "k1536-p2": replace(_K1024, phases=two_stages(0.625, topk=1536, pooling=2), about="pooling 2, k=1,536"),
+    "k2048-2-levels": _WIDE,
+    "k2048-2-levels-half": replace(_WIDE, phases=wide(0.5), about="the same for half of the steps"),
+    "k2048-2-levels-quarter": replace(_WIDE, phases=wide(0.25), about="the same for a quarter of the steps"),
+    "k1024-p8": replace(_WIDE, phases=wide(0.625, topk=1024, pooling=8), about="two levels, pooling 8: half of the tokens"),
+    "k512-p16": replace(_WIDE, phases=wide(0.625, topk=512, pooling=16), about="two levels, pooling 16: half of the tokens"),
+    "k512-p16-half": replace(_WIDE, phases=wide(0.5, topk=512, pooling=16), about="the same for half of the steps"),
+    "k512-p16-quarter": replace(_WIDE, phases=wide(0.25, topk=512, pooling=16), about="the same for a quarter of the steps"),
+    "k256-p32": replace(_WIDE, phases=wide(0.625, topk=256, pooling=32), about="two levels, pooling 32: half of the tokens"),
+    "k768-p16": replace(
+        _WIDE, phases=wide(0.625, topk=768, pooling=16), about="two levels, pooling 16: three quarters of the tokens"
+    ),
+    "k1024-alternate": replace(_K1024, dense_layers=(0, 2, 5, 7), about="k1024, every second layer dense"),
+    "k1024-dense-first": replace(
+        _K1024,
+        phases=((0.2, None), (0.425, LighthouseConfig(topk=1024, max_kept=1.0)), (0.375, None)),
+        about="a fifth of the steps dense, then as k1024",
+    ),
     "growing-k": replace(
         _K1024,
         phases=(
@@ -110,6 +136,7 @@ def flags() -> argparse.Namespace:
     add("--mlp", type=int, default=1536)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="of the learning rate, to a tenth (wsd: to none)")
     add("--validate-every", type=int, default=200)
     add("--validation-windows", type=int, default=16)
     add("--save-every", type=int, default=400, help="steps between checkpoints")
@@ -134,7 +161,10 @@ def boundaries(recipe: Recipe, steps: int) -> list[tuple[int, LighthouseConfig |
 
 
 def rate(args: argparse.Namespace, recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth: over all steps, or over those of each stage."""
+    """Linear warm-up, then a cosine to a tenth, over all steps or those of each stage; or wsd, level until the last fifth."""
+    if args.schedule == "wsd":
+        left = (args.steps - step) / (0.2 * args.steps)
+        return float(args.lr * min(1.0, (step + 1) / args.warmup, left))
     ends = [end for end, _ in boundaries(recipe, args.steps)]
     first = ends[-2] if recipe.restart and step >= ends[-2] else 0
     done = max(0, step - first - args.warmup) / max(1, args.steps - first - args.warmup)

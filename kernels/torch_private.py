@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 try:
-    from torch import _assert_async as assert_async
+    from torch import _assert_async
     from torch._C import _has_storage as has_storage
     from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._dynamo import config as dynamo_config
@@ -42,6 +42,14 @@ except (ImportError, AttributeError) as error:
     raise ImportError(
         f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
     ) from error
+
+_LONGEST = 254  # bytes of a message that a device-side assertion takes
+
+
+def assert_async(holds: torch.Tensor, message: str) -> None:
+    """Raise where a bool `[]` is False; on CUDA as a device-side assertion, which nobody waits for."""
+    _assert_async(holds, message.encode()[:_LONGEST].decode(errors="ignore"))
+
 
 __all__ = [
     "AttrSource",
