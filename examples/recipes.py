@@ -99,6 +99,7 @@ RECIPES = {
     "k512-p16": replace(_WIDE, phases=wide(0.625, topk=512, pooling=16), about="two levels, pooling 16: half of the tokens"),
     "k512-p16-half": replace(_WIDE, phases=wide(0.5, topk=512, pooling=16), about="the same for half of the steps"),
     "k512-p16-quarter": replace(_WIDE, phases=wide(0.25, topk=512, pooling=16), about="the same for a quarter of the steps"),
+    "k4096-p8-half": replace(_WIDE, phases=wide(0.5, topk=4096, pooling=8), about="pooling 8, k=4,096, half of the steps"),
     "k256-p32": replace(_WIDE, phases=wide(0.625, topk=256, pooling=32), about="two levels, pooling 32: half of the tokens"),
     "k768-p16": replace(
         _WIDE, phases=wide(0.625, topk=768, pooling=16), about="two levels, pooling 16: three quarters of the tokens"
@@ -217,6 +218,18 @@ def rescale(
     return scaled.factors
 
 
+@torch.no_grad()
+def loss_of_repeats(model: nn.Module, windows: Tensor, batch: int) -> float:
+    """The dense loss where a window's second half repeats its first: what was read half a context ago, is it found again?"""
+    half = windows.shape[1] // 2
+    repeated = torch.cat([windows[:, :half], windows[:, :half]], 1)  # [W, N]
+    losses = []
+    for rows in repeated.split(batch):
+        logits = model(rows[:, :-1]).logits[:, half:].float()  # [B, N / 2 - 1, 256]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, half + 1 :].flatten()).item())
+    return fmean(losses)
+
+
 def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -> dict[str, Any]:
     """Run one recipe, or what is left of it."""
     recipe = RECIPES[name]
@@ -260,6 +273,7 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
     task = Passkey(lengths=(args.seq_len // 4, args.seq_len // 2, args.seq_len), batch=args.batch)
     with torch.compiler.set_stance("force_eager"):  # dense, and no graph for each length
         retrieval = find_passkeys(model.eval(), task, device=validation.device)
+        repeats = loss_of_repeats(model, validation[:8], args.batch)
     # The median of each phase, so that compilation is left out.
     typical, first = 0.0, 0
     for end, _ in ends:
@@ -272,6 +286,7 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
         "final": list(result["validation"].values())[-1],
         "retrieval": {"lengths": task.lengths, "depths": retrieval.depths, "found": retrieval.found},
         "passkeys": retrieval.accuracy,
+        "repeats": repeats,
     }
 
 
@@ -280,7 +295,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     shown = Table(title="Dense validation loss, nats per byte", title_justify="left")
     for column in ("recipe", "what"):
         shown.add_column(column)
-    for column in ("at the switch", "final", "over dense", "training s", "speed over dense", "passkeys"):
+    for column in ("at the switch", "final", "over dense", "training s", "speed over dense", "repeats", "passkeys"):
         shown.add_column(column, justify="right")
     for r in results:
         switch = r.get("switch_loss")
@@ -292,6 +307,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{r['final'] - dense['final']:+.3f}" if dense else "-",
             f"{r['train_seconds']:.0f}",
             f"{dense['train_seconds'] / r['train_seconds']:.2f}x" if dense else "-",
+            f"{r['repeats']:.3f}" if "repeats" in r else "-",
             f"{r['passkeys']:.0%}" if "passkeys" in r else "-",
         )
     return shown
