@@ -6,7 +6,7 @@
 Every recipe starts from the same weights and sees the same tokens and learning rates in the same order; they differ in one
 thing each. `--schedule wsd` holds the learning rate until the last fifth of the steps, for all of them. Validation is always
 under dense attention. A run writes a checkpoint and goes on from it when started again. Results: a JSON file per recipe in
---out, then a table and a picture of all that are there.
+--out, then a table, a picture and `recipes.json` of all that are there.
 """
 
 from __future__ import annotations
@@ -290,6 +290,14 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
     }
 
 
+def in_short(result: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping: the losses and times of single steps make way for a mean of each hundred."""
+    losses = result["losses"]
+    means = [round(fmean(losses[first : first + 100]), 4) for first in range(0, len(losses), 100)]
+    kept = {name: value for name, value in result.items() if name not in ("losses", "seconds")}
+    return kept | {"training_loss_every_100": means}
+
+
 def table(results: list[dict[str, Any]]) -> Table:
     dense = next((r for r in results if r["name"] == "dense"), None)
     shown = Table(title="Dense validation loss, nats per byte", title_justify="left")
@@ -364,8 +372,10 @@ def main() -> int:
             result["switch_loss"] = result["validation"].get(ends[-2][0]) if len(ends) > 1 else None
             (args.out / f"{name}.json").write_text(json.dumps(about | result), encoding="utf-8")
             console.print(f"{name}: final {result['final']:.4f}, {result['wall_seconds']:.0f} s")
-    results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+    paths = [args.out / f"{name}.json" for name in RECIPES]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
     if results:
+        (args.out / "recipes.json").write_text(json.dumps([in_short(r) for r in results], indent=1) + "\n", encoding="utf-8")
         console.print(table(results))
         save_picture(results, args.out / "recipes.png", f"{results[0]['device']}: dense validation loss of each recipe")
     return 0
