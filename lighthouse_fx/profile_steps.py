@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .bench import LayerShape
 from .blocks import compile
 from .config import LighthouseConfig
+from .extras import transformers
 from .kernels.torch_private import OptimizedModule
 
 Step = Callable[[], object]
@@ -46,10 +46,7 @@ def llama_step(shape: LayerShape, config: LighthouseConfig, device: torch.device
         ImportError: transformers is not installed.
     """
     _check(config)
-    try:
-        library = importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
-    except ImportError as error:
-        raise ImportError("a Llama needs transformers: pip install transformers, or profile one layer") from error
+    library = transformers("a Llama", instead="profile one layer")
     width = shape.heads * shape.dim
     described = library.LlamaConfig(
         vocab_size=256,
