@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "explain",
-        summary="say which attention calls of a model would be rewritten, and why others not",
+        summary="say what would be rewritten in a model, and why the rest not",
         description=(
             "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: "
             "rewritten, or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed. "

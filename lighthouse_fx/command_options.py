@@ -37,7 +37,7 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, exa
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The options that make up a `LighthouseConfig`; what is not given is the model's own, or the default."""
-    group = parser.add_argument_group("Lighthouse attention; by default as the model is compiled, or LighthouseConfig()")
+    group = parser.add_argument_group("Lighthouse attention; default: as the model is compiled, or LighthouseConfig()")
     group.add_argument("--levels", type=int, metavar="L", help="levels of the pyramid; 1 is dense attention")
     group.add_argument("--pooling", type=int, metavar="P", help="windows of one level in a window of the next")
     group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level, over the whole sequence")

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "profile",
-        summary="say where the time of a training step goes, dense and with Lighthouse",
+        summary="say where a training step's time goes, dense and Lighthouse",
         description=(
             "Profiles training steps, dense and with Lighthouse: selection, gather, attention, scatter and the rest, with the "
             "rates reached beside the peaks of this machine. A step is that of one attention layer, of a small Llama with "
@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
         examples="""
 lighthouse profile --length 98304 --topk 1536
 lighthouse profile llama --picture profile.png
-lighthouse profile my_module:my_model
+lighthouse profile my_module:model_and_inputs
 lighthouse profile --length 1024 --topk 32 --dtype float32 --device cpu
 """,
     )

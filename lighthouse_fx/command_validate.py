@@ -35,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands,
         "validate",
-        summary="check a trained model: dense loss, long context, passkeys, dense inference",
+        summary="check a trained model: dense loss, passkeys, dense inference",
         description=(
             "Asks four questions of a language model: is its inference dense; is dense attention trained (its loss beside "
             "that under Lighthouse attention); does a longer context help; is a digit found again in a long text. The exit "
