@@ -61,7 +61,9 @@ def llama_step(shape: LayerShape, config: LighthouseConfig, device: torch.device
         use_cache=False,
     )
     model = library.LlamaForCausalLM(described).to(device, getattr(torch, shape.dtype))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # By its new name, where transformers has it: the old one warns.
+    checkpoint = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    checkpoint({"use_reentrant": False})
     tokens = torch.randint(0, 256, (1, shape.length), device=device)
     dense = (0, -1) if layers > 2 else ()
     return model_step(model, (tokens,), config, named={"labels": tokens}, dense_layers=dense)
