@@ -241,7 +241,7 @@ def _recorded(step: Callable[[], object], device: torch.device, steps: int) -> t
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)  # names of kernels are what they are
+        trace = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
     wanted = _ON_GPU if on_gpu else {"cpu_op"}
     return [
         Event(name=entry["name"], start=float(entry["ts"]), duration=float(entry["dur"]))
