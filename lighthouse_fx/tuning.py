@@ -195,10 +195,11 @@ def _recommended(
     fast = [c for c in usable if c.milliseconds <= share * dense]
     if not fast:
         best = min(usable, key=lambda c: c.milliseconds)
+        needed = best.milliseconds / dense + 0.01
         return None, (
             f"no pyramid takes at most {share:.0%} of the dense {dense:.3g} ms; "
             f"the fastest, {best.label}, takes {best.milliseconds / dense:.0%}"
-        ), f"stay dense at this length, or allow share={min(1.0, best.milliseconds / dense + 0.01):.2f}"
+        ), f"allow share={needed:.2f}" if needed <= 1 else "Lighthouse gains with longer sequences"
     fits = [c for c in fast if memory is None or c.memory <= memory]
     if not fits:
         least = min(c.memory for c in fast)

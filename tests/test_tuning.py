@@ -165,6 +165,12 @@ def test_a_slow_machine_is_measured_at_coarser_pyramids(machine):
     assert kept[1] < kept[0] and found.recommended.kept < kept[0]
 
 
+def test_what_is_slower_than_dense_attention_has_no_share_to_allow(machine):
+    machine.slower = 100
+    found = tune(SHAPE, card=H100, measure=2, device="cpu")
+    assert found.recommended is None and "share=" not in found.remedy and "longer sequences" in str(found)
+
+
 def test_more_memory_allows_more_windows(machine):
     changes = [
         tune(SHAPE, card=H100, device="cpu", share=0.3, memory=memory).recommended.change for memory in (850 * 10**6, None)
