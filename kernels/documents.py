@@ -24,7 +24,7 @@ from torch import Tensor
 from .geometry import Pyramid
 from .inner import resolved
 from .revision import REVISION
-from .sequences import WIDEST, attend_to_sequences, too_many
+from .sequences import WIDEST, attend_in_sequences, bounds_of
 from .torch_private import assert_async, flash_attention_forward
 
 _ALIGNED = 8  # the kernels take head dimensions that are multiples of it
@@ -89,7 +89,7 @@ def _segments(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
 _library = torch.library.Library("lighthouse_fx", "FRAGMENT")
 _library.define(
     "attention_in_documents(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor starts, int levels, int pooling, "
-    "float dropout_p, float? scale, bool enable_gqa, int most, str kernel, Tensor? known=None) -> Tensor"
+    "int topk, int quota, float dropout_p, float? scale, bool enable_gqa, int most, str kernel, Tensor? known=None) -> Tensor"
 )
 _library.define("document_starts(Tensor numbers) -> Tensor")
 
@@ -115,10 +115,10 @@ def document_problem(query: Tensor, value: Tensor, kernel: str) -> str | None:
         )
     if (width := max(query.shape[-1], value.shape[-1])) > WIDEST["flash"]:
         return f"attention inside documents takes head dimensions up to {WIDEST['flash']}"
-    if not _able(kernel, query.device, width, 0.0):
+    if not _able(kernel, query.device, width):
         return (
-            f"kernel={kernel!r} cannot keep attention of head dimension {width} inside documents: use kernel='auto' or "
-            "'flash', and leave FlashAttention switched on (torch.backends.cuda.enable_flash_sdp)"
+            f"kernel={kernel!r} cannot keep attention inside documents: use kernel='auto' or 'flash', and leave "
+            "FlashAttention switched on (torch.backends.cuda.enable_flash_sdp)"
         )
     return None
 
@@ -128,10 +128,12 @@ def in_sequences(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _able(kernel: str, device: torch.device, width: int, dropout_p: float) -> list[str]:
-    """The kernels that attend to sequences of different lengths, out of those that `kernel` allows, the fastest first."""
-    allowed = ["flash"] if dropout_p else ["cudnn", "flash"]
-    return [name for name in resolved(device, kernel).split(",") if name in allowed and width <= WIDEST[name]]
+def _able(kernel: str, device: torch.device, width: int) -> list[str]:
+    """Kernels that `kernel` allows and attention inside documents can use: "flash", and "cudnn" where that is faster."""
+    names = resolved(device, kernel).split(",")
+    if "flash" not in names or width > WIDEST["flash"]:
+        return []
+    return [name for name in names[: names.index("flash") + 1] if name in WIDEST and width <= WIDEST[name]]
 
 
 def _attention(
@@ -142,6 +144,8 @@ def _attention(
     starts: Tensor,
     levels: int,
     pooling: int,
+    topk: int,
+    quota: int,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool,
@@ -152,76 +156,38 @@ def _attention(
     """Causal attention on the entries of each document: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`.
 
     Args:
-        known: what is known of the documents on the CPU, see `sequences.limits`.
+        quota: 0 for the default; known: what the CPU knows of the documents, see `known_documents.plan`.
     """
     if (problem := document_problem(query, value, kernel)) is not None:
         raise ValueError(problem)
     pyramid = Pyramid(length=starts.shape[-1], levels=levels, pooling=pooling, topk=1)
     segments = _segments(entries, starts, pyramid)
-    if in_sequences(query.device):
-        width = max(query.shape[-1], value.shape[-1])
-        able = _able(kernel, query.device, width, dropout_p)
-        if not able:
-            raise ValueError(f"kernel={kernel!r} cannot drop weights of attention inside documents: use kernel='flash'")
-        return _varlen(query, key, value, segments, dropout_p, scale, most, able[0], known, levels, pooling)
-    mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
-    mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Tensor,
-    dropout_p: float,
-    scale: float | None,
-    most: int,
-    kernel: str,
-    known: Tensor | None,
-    levels: int,
-    pooling: int,
-) -> Tensor:
-    """Attention to sequences of different lengths: the entries of one document, batch row and key/value head are one."""
+    if not in_sequences(query.device):
+        mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
+        mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
     batch, groups, gathered = segments.shape
     heads, dim, wanted = query.shape[1], query.shape[3], value.shape[3]
-    bounds = _bounds(segments, most)
     scale = dim**-0.5 if scale is None else scale
     width = -(-max(dim, wanted) // _ALIGNED) * _ALIGNED
-    query, key, value = (
-        x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2).contiguous() for x in (query, key, value)
-    )  # [B * G * S, H / G, D] and [B * G * S, 1, D]
+    rows = [x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2).contiguous() for x in (query, key, value)]
     if dim != width or wanted != width:
-        query, key, value = (F.pad(x, (0, width - x.shape[2])) for x in (query, key, value))
+        rows = [F.pad(x, (0, width - x.shape[2])) for x in rows]  # [B * G * S, H / G, width] and [B * G * S, 1, width]
     if dropout_p:  # the op knows no dropout
+        bounds = bounds_of(segments, batch * groups * (most + 1), most)
         out = flash_attention_forward(
-            query, key, value, bounds, bounds, gathered, gathered, dropout_p, True, False, scale=scale
+            *rows, bounds, bounds, gathered, gathered, dropout_p, True, False, scale=scale
         )[0]
     else:
-        out, _ = attend_to_sequences(
-            query, key, value, bounds, known, batch, groups, levels, pooling, scale, kernel, REVISION
+        cudnn = "cudnn" in _able(kernel, query.device, width)
+        out, _ = attend_in_sequences(
+            *rows, segments, known, pyramid.length, levels, pooling, topk, quota, most, scale, cudnn, REVISION
         )
     out = out.unflatten(0, (batch, groups, gathered)).transpose(2, 3)
     result: Tensor = out.reshape(batch, heads, gathered, width)[..., :wanted]
     return result
-
-
-def _bounds(segments: Tensor, most: int) -> Tensor:
-    """Where each run of equal segments begins in `[B * G * S]`, then the end, repeated: int32 `[B * G * (most + 1) + 1]`."""
-    batch, groups, gathered = segments.shape
-    sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
-    begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
-    number = begins.int().cumsum(0)
-    assert_async(
-        number[-1] <= sequences,
-        too_many(most),
-    )
-    place = torch.arange(total, dtype=torch.int32, device=segments.device)
-    beyond = sequences + 1  # what begins nothing is written there, and cut off
-    bounds = place.new_full((sequences + 2,), total)
-    return bounds.scatter(0, torch.where(begins, number - 1, beyond).clamp(max=beyond), place)[:-1]
 
 
 _library.impl("attention_in_documents", _attention, "CompositeImplicitAutograd")

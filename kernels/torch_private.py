@@ -37,8 +37,8 @@ try:
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-    cudnn_attention_backward = torch.ops.aten._cudnn_attention_backward
-    cudnn_attention_forward = torch.ops.aten._cudnn_attention_forward
+    cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    cudnn_attention_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
     flash_attention_backward = torch.ops.aten._flash_attention_backward
     flash_attention_forward = torch.ops.aten._flash_attention_forward
 except (ImportError, AttributeError) as error:

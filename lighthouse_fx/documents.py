@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from . import dynamo, stage
 from .config import LighthouseConfig
 from .kernels.documents import crowded_out, in_sequences, starts_of
-from .kernels.sequences import extent, too_many
+from .kernels.known_documents import FIELDS, summary, too_many
 from .passes.call import CALLS, DOCUMENTS, KNOWN, PACKED
 from .passes.check import pyramid_over
 from .passes.document_input import sizes_when_run
@@ -56,16 +56,16 @@ def starts_from(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None
 class Documents:
     """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins.
 
-    On are the documents entered last among those not left yet, in whichever order they are left. `known`: `sequences.extent`,
-    of zeros where only a GPU knows them. `alone`: each row is known to be one document. That is no documents at all, and the
-    undivided row has faster kernels.
+    On are the documents entered last among those not left yet, in whichever order they are left. `known`: what the CPU knows of
+    them (`kernels/known_documents.py`), zeros where only a GPU knows them. `alone`: each row is known to be one document. That
+    is no documents at all.
     """
 
     def __init__(self, starts: Tensor) -> None:
         self.starts = starts
         on_cpu = starts.device.type == "cpu"
         self.alone = on_cpu and not bool(starts.any())
-        self.known = extent(starts) if on_cpu else torch.zeros(3, dtype=torch.int64)
+        self.known = summary(starts) if on_cpu else torch.zeros(len(starts), FIELDS, dtype=torch.int64)
         self._copies = {starts.device: starts}
         self._checked: set[LighthouseConfig] = set()
 
@@ -210,7 +210,8 @@ def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: Lighthous
                 f"documents() has documents of {list(on.starts.shape)} tokens, and attention has queries of {list(shape)}: "
                 "give [batch, tokens] of the batch that the model gets"
             )
-        if in_sequences(device) and (count := int(on.known[1])) > config.max_documents:  # before the GPU finds it, and stops
+        count = int(on.known[:, 0].max()) if in_sequences(device) else 0
+        if count > config.max_documents:  # before the GPU finds it, and stops for good
             raise ValueError(f"documents() has {count} documents in a row: {too_many(config.max_documents)}")
         if selects:
             on.check(config)

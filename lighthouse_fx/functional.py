@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import LighthouseConfig
 from .kernels import attend
 from .kernels.documents import document_problem, starts_of
-from .kernels.sequences import extent
+from .kernels.known_documents import summary
 from .kernels.shapes import shape_problem, tensor_problem
 from .passes.check import pyramid_over
 
@@ -110,7 +110,7 @@ def _starts(
     if (problem := document_problem(query, value, config.kernel)) is not None:
         raise ValueError(problem)
     starts = starts_of(documents)
-    return starts.to(query.device, non_blocking=True), extent(starts) if on_cpu else None
+    return starts.to(query.device, non_blocking=True), summary(starts) if on_cpu else None
 
 
 def _check_numbers(*, is_causal: Any, enable_gqa: Any, scale: Any, dropout_p: Any, config: Any) -> None:

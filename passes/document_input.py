@@ -21,6 +21,7 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
+from ..kernels.known_documents import FIELDS
 from .call import CALLS, DOCUMENTS, KNOWN, PACKED, AttentionCall, fake
 
 Sizes = Callable[[Sequence[Any]], tuple[int, int]]
@@ -39,7 +40,7 @@ def add_document_input(gm: fx.GraphModule, example_inputs: Sequence[Any], *, con
         return gm
     with torch.no_grad():
         starts = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int32)
-        on_cpu = query.new_empty(3, dtype=torch.int64, device="cpu")
+        on_cpu = query.new_empty((query.shape[0], FIELDS), dtype=torch.int64, device="cpu")
     for name, value in ((DOCUMENTS, starts), (KNOWN, on_cpu)):
         last = list(gm.graph.find_nodes(op="placeholder"))[-1:]
         with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before():

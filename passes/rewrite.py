@@ -191,7 +191,8 @@ def _rewrite(
         if starts:
             inner = function(
                 _OPS.attention_in_documents.default,
-                *gathered, entries, *starts, levels, pooling, call.dropout_p, call.scale, call.enable_gqa,
+                *gathered, entries, *starts, levels, pooling, config.topk, config.quota or 0,
+                call.dropout_p, call.scale, call.enable_gqa,
                 config.max_documents, resolved(out.device, config.kernel), known if call.documents is documents else None,
                 value=attended,
             )  # fmt: skip
