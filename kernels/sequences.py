@@ -77,7 +77,7 @@ def attend_in_sequences(
     out, flash_sums = flash_forward(query, key, value, bounds, told.longest, scale)
     sums = torch.stack([flash_sums.reshape(segments.shape[0], -1)] * 2)
     for part in _parts(segments, told):
-        own, own_sums = cudnn_forward(*(part.taken(x) for x in (query, key, value)), scale)
+        own, own_sums = cudnn_forward(part.taken(query), part.taken(key), part.taken(value), scale)
         part.put(own, out)
         sums[1, part.row, : own_sums.numel()] = own_sums.flatten()
     return out, sums
@@ -112,8 +112,10 @@ def attend_in_sequences_backward(
         rest = part.without(rest)
     grads = flash_backward(rest, query, key, value, out, sums[0].flatten(), bounds, told.longest, scale)
     for part in parts:
-        own_grad = part.taken(grad, fill=False)
-        own = cudnn_backward(own_grad, *(part.taken(x) for x in (query, key, value, out)), sums[1, part.row], scale)
+        own_grad, own_out = part.taken(grad, fill=False), part.taken(out)
+        own = cudnn_backward(
+            own_grad, part.taken(query), part.taken(key), part.taken(value), own_out, sums[1, part.row], scale
+        )
         for x, found in zip(own, grads, strict=True):
             part.put(x, found)
     return grads
@@ -197,8 +199,10 @@ class _Part:
 
     def taken(self, x: Tensor, *, fill: bool = True) -> Tensor:
         """The document's rows of `[B * G * S, heads, D]`: `[G, heads, rows, D]`; behind them its last row, or zeros."""
-        taken = x[self.span].index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
-        return (taken if fill else taken.masked_fill_(self.beyond[..., None, None], 0)).transpose(1, 2)
+        taken = x[self.span].index_select(0, self.source.flatten()).view(*self.source.shape, *x.shape[1:])
+        if not fill:
+            taken.masked_fill_(self.beyond[..., None, None], 0)
+        return taken.transpose(1, 2)
 
     def put(self, own: Tensor, x: Tensor) -> None:
         """Write the document's rows, as `taken` gives them, into `[B * G * S, heads, D]`."""
