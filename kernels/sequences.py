@@ -107,9 +107,9 @@ def attend_in_sequences_backward(
     told = _plan(segments, known, length, levels, pooling, topk, quota, most, cudnn)
     bounds = bounds_of(_cut(segments, told), told.sequences, most)
     parts = list(_parts(segments, told))
-    rest = grad.contiguous()
+    rest = grad.clone(memory_format=torch.contiguous_format) if parts else grad.contiguous()
     for part in parts:
-        rest = part.without(rest)
+        part.clear(rest)
     grads = flash_backward(rest, query, key, value, out, sums[0].flatten(), bounds, told.longest, scale)
     for part in parts:
         own_grad, own_out = part.taken(grad, fill=False), part.taken(out)
@@ -209,11 +209,9 @@ class _Part:
         rows = own.transpose(1, 2).flatten(0, 1).index_select(0, self.target.flatten())
         torch.where(self.own.flatten()[:, None, None], rows, x[self.span], out=x[self.span])
 
-    def without(self, x: Tensor) -> Tensor:
-        """A copy in which the document's rows are zero."""
-        x = x.clone()
+    def clear(self, x: Tensor) -> None:
+        """Make the document's rows zero."""
         x[self.span].masked_fill_(self.own.flatten()[:, None, None], 0)
-        return x
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
