@@ -25,7 +25,7 @@ from .torch_private import (
 )
 
 WIDEST = {"cudnn": 128, "flash": 256}  # head dimensions that they take
-_UNSAFE = torch.Tag.cudagraph_unsafe  # a recorded launch would keep the number of sequences that it was recorded with
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)  # a recorded launch would keep the number of sequences that it was recorded with
 
 
 def bounds_of(segments: Tensor, sequences: int, most: int) -> Tensor:
