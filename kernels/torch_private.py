@@ -37,6 +37,9 @@ try:
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    cudnn_attention_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    flash_attention_backward = torch.ops.aten._flash_attention_backward
     flash_attention_forward = torch.ops.aten._flash_attention_forward
 except (ImportError, AttributeError) as error:
     raise ImportError(
@@ -72,7 +75,10 @@ __all__ = [
     "TracingContext",
     "assert_async",
     "compile_fx",
+    "cudnn_attention_backward",
+    "cudnn_attention_forward",
     "dynamo_config",
+    "flash_attention_backward",
     "flash_attention_forward",
     "has_storage",
     "is_traceable_wrapper_subclass",
