@@ -99,6 +99,7 @@ RECIPES = {
     "k512-p16": replace(_WIDE, phases=wide(0.625, topk=512, pooling=16), about="two levels, pooling 16: half of the tokens"),
     "k512-p16-half": replace(_WIDE, phases=wide(0.5, topk=512, pooling=16), about="the same for half of the steps"),
     "k512-p16-quarter": replace(_WIDE, phases=wide(0.25, topk=512, pooling=16), about="the same for a quarter of the steps"),
+    "k2048-p8-half": replace(_WIDE, phases=wide(0.5, topk=2048, pooling=8), about="pooling 8, k=2,048, half of the steps"),
     "k4096-p8-half": replace(_WIDE, phases=wide(0.5, topk=4096, pooling=8), about="pooling 8, k=4,096, half of the steps"),
     "k256-p32": replace(_WIDE, phases=wide(0.625, topk=256, pooling=32), about="two levels, pooling 32: half of the tokens"),
     "k768-p16": replace(
