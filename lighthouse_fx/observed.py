@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from .passes.call import Steps
 from .report import AttentionRecord
 
 
@@ -16,6 +17,9 @@ class ObservedCall:
 
     Of a call that was rewritten: `entries` int32 `[B, G, S]` and `slots` int32 `[B, G, P]`, the selection that it read, and
     `scored`, what the scorer read in place of query and key, None where it read those.
+
+    Of its functional twin: `starts`, where documents begin; `steps`, which turn an output `[B, H, N, D]` into `out`; `dense`,
+    how far the model's own attention is from plain attention of these arguments, or None, and `unknown` says why.
     """
 
     rewritten: bool
@@ -28,6 +32,10 @@ class ObservedCall:
     scale: float | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
+    starts: Tensor | None = None
+    steps: Steps = ()
+    dense: float | None = None
+    unknown: str = ""
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, name: str, gradient: Tensor | None) -> None:
