@@ -12,6 +12,7 @@ scored by them; everywhere else the scorer reads the call's own query and key.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -132,8 +133,11 @@ class FunctionalGraphs:
                 inside = None if own is None else starts
                 with torch.no_grad():
                     apart = difference([dense], [laid_out(_plain(query, key, value, is_causal, scale, inside))])
-            groups = model.tensors[1].shape[1]
-            query, key, value = query.view_as(query), *(_unrepeated(x, groups) for x in (key, value))
+            times = key.shape[1] // model.tensors[1].shape[1]
+            narrow = [x[:, ::times] for x in (key, value)]  # as many heads as the rewritten call has
+            if not all(torch.equal(x.repeat_interleave(times, 1), wide) for x, wide in zip(narrow, (key, value), strict=True)):
+                apart = math.inf
+            query, key, value = query.view_as(query), *narrow
             scored = model.scored if special else (None, None)
             out = laid_out(
                 lighthouse_attention(
@@ -223,11 +227,3 @@ def _erase(call: AttentionCall) -> None:
         for node in dead:
             nodes.remove(node)
             node.graph.erase_node(node)
-
-
-def _unrepeated(x: Tensor, groups: int) -> Tensor:
-    """A view of keys or values, without repeated heads: `[B, H, N, D]` -> `[B, G, N, D]`."""
-    few = x[:, :: x.shape[1] // groups]
-    if not torch.equal(few.repeat_interleave(x.shape[1] // groups, 1), x):
-        raise RuntimeError(f"the rewrite took {x.shape[1]} heads for {groups} repeated ones, and they are not: report this")
-    return few

@@ -60,7 +60,7 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
         config: the backend's options. By default those that the model was compiled with, as for `explain`.
 
     Returns:
-        `print(verification)` shows a table, `verification.passed` the verdict.
+        `print(verification)` shows a table, `verification.passed` the verdict, `verification.notes` what was not compared.
 
     Raises:
         TypeError: the model is no module, or the config no LighthouseConfig; ValueError: no attention call is rewritten, the

@@ -13,7 +13,7 @@ from torch.nn.attention import flex_attention as flexible
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, verify
-from lighthouse_fx.passes import by_hand
+from lighthouse_fx.passes import by_hand, equal_heads
 from lighthouse_fx.passes import rewrite as rewriting
 
 flash = pytest.fixture(scope="module")(stand_in)
@@ -199,6 +199,16 @@ def test_a_mask_that_was_not_looked_at_is_caught(monkeypatch):
         by_hand, "_understood", lambda *x, **y: lighthouse_fx.passes.call.replace(right(*x, **y), mask=None, score_mask=None)
     )
     found = verify(Model(1, written_out), inputs(), config=CONFIG)
+    assert what_failed(found) == {("layers.0.attn", REPLACED)} and not found.passed
+
+
+def test_heads_that_are_not_equal_are_caught(monkeypatch):
+    monkeypatch.setattr(equal_heads._Runs, "along", lambda *_: 2)
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True)
+
+    found = verify(Model(1, attend), inputs(), config=CONFIG)
     assert what_failed(found) == {("layers.0.attn", REPLACED)} and not found.passed
 
 
