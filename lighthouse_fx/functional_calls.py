@@ -18,7 +18,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from . import stage
@@ -29,16 +28,18 @@ from .kernels.documents import starts_of
 from .kernels.torch_private import without_modes
 from .observed import ObservedCall, Observer
 from .passes import CALLS, PIPELINE, AttentionCall, Refusal
-from .passes.call import NO_GRADIENTS, fake
+from .passes.call import NO_GRADIENTS
 from .passes.flash_functions import find_flash_functions
 from .passes.masks import prove_masks
 from .passes.regions import regions
+from .plain_attention import erase, layout_of, plain, put_plain
 from .report import AttentionRecord
 from .verified import difference
 
 _FINDING = PIPELINE[: PIPELINE.index(prove_masks) + 1]
-_RANDOM = "dropout makes it random"
-_NO_DTYPE = "flash-attn takes neither float32 nor float64"
+_RANDOM = "the attention it replaces was not compared, as dropout makes it random"
+_NO_DTYPE = "the attention it replaces was not compared, as flash-attn takes neither float32 nor float64"
+_PLAIN = "computed as plain attention, as flash-attn takes neither float32 nor float64"
 
 
 class FunctionalGraphs:
@@ -72,53 +73,52 @@ class FunctionalGraphs:
         if len(records) != len(gm.meta[CALLS]):
             raise unpaired(len(gm.meta[CALLS]), len(records))
         for call, record in zip(gm.meta[CALLS], records, strict=True):
-            if all(isinstance(x, fx.Node) for x in (call.query, call.key, call.value)):
+            if call.region.opaque:
+                continue
+            if record.rewritten or (stage.packed and record.inside_documents and not call.own_documents):
                 self._insert(call, record, _NO_DTYPE if call.node in flash else _RANDOM if call.dropout_p else "")
+            elif call.node in flash and call.refusal is None:
+                self._note(put_plain(call), record, _PLAIN)
+            else:
+                self._note(call.node, record)
         for region in regions(gm):
             region.gm.recompile()
         return gm
 
     def _insert(self, call: AttentionCall, record: AttentionRecord, unknown: str) -> None:
-        """Put the functional form in a call's place, or a note beside it where it stays as it is.
+        """Put the functional form in a call's place, or attention inside documents.
 
         `unknown` says why the model's own nodes are not run for comparison.
         """
         graph, node = call.node.graph, call.node
         own = call.documents if isinstance(call.documents, fx.Node) else None
-        tensors = (call.query, call.key, call.value)
-        if not record.rewritten and not (stage.packed and record.inside_documents and not call.own_documents):
-            with graph.inserting_after(node):
-                graph.call_function(self._noting(record), (*tensors, node))
-            return
         dense = None if unknown or not record.rewritten else node
         with graph.inserting_after(node):
             form = self._functional(call, record, unknown) if record.rewritten else self._kept_inside(call, record)
-            new = graph.call_function(form, (*tensors, dense, own, call.dropout_p, call.scale))
+            new = graph.call_function(form, (call.query, call.key, call.value, dense, own, call.dropout_p, call.scale))
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if dense is None:
-            _erase(call)
+            erase(call)
 
-    def _noting(self, record: AttentionRecord) -> Callable[..., None]:
-        def note(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-            self.observer.note(ObservedCall(False, (query, key, value), out, record))
-
-        return note
+    def _note(self, node: fx.Node, record: AttentionRecord, unknown: str = "") -> None:
+        """Note a call that stays as it is."""
+        with node.graph.inserting_after(node):
+            node.graph.call_function(lambda: self.observer.note(ObservedCall(False, record=record, unknown=unknown)))
 
     def _kept_inside(self, call: AttentionCall, record: AttentionRecord) -> Callable[..., Tensor]:
         """Dense attention inside the documents that are on."""
-        laid_out = _layout(call)
+        laid_out = layout_of(call)
 
         def form(
             query: Tensor, key: Tensor, value: Tensor, dense: None, own: None, dropout_p: float, scale: float | None
         ) -> Tensor:
-            out = laid_out(_plain(query, key, value, True, scale, documents_on(query.device), dropout_p))
-            self.observer.note(ObservedCall(False, (query, key, value), out, record))
-            return out
+            self.observer.note(ObservedCall(False, record=record))
+            return laid_out(plain(query, key, value, True, scale, documents_on(query.device), dropout_p))
 
         return form
 
     def _functional(self, call: AttentionCall, record: AttentionRecord, unknown: str) -> Callable[..., Tensor]:
-        is_causal, laid_out = bool(call.is_causal), _layout(call)
+        is_causal, laid_out = bool(call.is_causal), layout_of(call)
         special = record.scored != ""
         config = replace(self.config, scorer=record.scorer) if special else self.config
 
@@ -132,7 +132,7 @@ class FunctionalGraphs:
             if dense is not None:
                 inside = None if own is None else starts
                 with torch.no_grad():
-                    apart = difference([dense], [laid_out(_plain(query, key, value, is_causal, scale, inside))])
+                    apart = difference([dense], [laid_out(plain(query, key, value, is_causal, scale, inside))])
             times = key.shape[1] // model.tensors[1].shape[1]
             narrow = [x[:, ::times] for x in (key, value)]  # as many heads as the rewritten call has
             if not all(torch.equal(x.repeat_interleave(times, 1), wide) for x, wide in zip(narrow, (key, value), strict=True)):
@@ -150,7 +150,7 @@ class FunctionalGraphs:
                 q, k, value.detach(), config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first,
                 config.scorer, config.dilation, is_causal, scale, REVISION, starts,
             )  # fmt: skip
-            noted = ObservedCall(True, (query, key, value), out, record, entries, slots, scored)
+            noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)
             noted.scale, noted.is_causal, noted.dropout_p, noted.starts = scale, is_causal, dropout_p, starts
             noted.dense, noted.unknown, noted.steps = apart, unknown, call.steps
             self.observer.note(noted)
@@ -171,7 +171,7 @@ class FunctionalGraphs:
             return next(
                 expected
                 for call, expected in zip(self.observer.calls, self.expected, strict=False)
-                if call.record is record and torch.equal(call.tensors[0], query)
+                if call.record is record and call.rewritten and torch.equal(call.tensors[0], query)
             )
 
 
@@ -186,44 +186,3 @@ def unpaired(found: int, expected: int) -> RuntimeError:
 def documents_on(device: torch.device) -> Tensor | None:
     """Where each token's document begins, int32 `[B, N]`; None where no `documents(...)` is on."""
     return None if stage.documents is None else stage.documents.on(device)
-
-
-def _plain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    is_causal: bool,
-    scale: float | None,
-    starts: Tensor | None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Dense attention, inside documents where there are some, which must be causal."""
-    mask = None if starts is None else (starts[:, :, None] == starts[:, None, :]).tril()[:, None]  # [B, 1, N, N]
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, is_causal and mask is None, scale=scale, enable_gqa=True
-    )
-
-
-def _layout(call: AttentionCall) -> Callable[[Tensor], Tensor]:
-    """What turns an output `[B, H, N, D]` into the call's own, in memory too: what follows may view it."""
-    like = fake(call.node)
-    assert like is not None, "checked when it was rewritten"
-    shape, strides = list(like.shape), list(like.stride())
-
-    def laid_out(out: Tensor) -> Tensor:
-        for method, arguments in call.steps:
-            out = getattr(out, method)(*arguments)
-        if list(out.shape) != shape or list(out.stride()) == strides:
-            return out
-        return torch.empty_strided(shape, strides, dtype=out.dtype, device=out.device).copy_(out)
-
-    return laid_out
-
-
-def _erase(call: AttentionCall) -> None:
-    """Take away the nodes that compute a call's attention, so that they neither run nor use random numbers."""
-    nodes = [call.node, *(node for node, _ in call.own_nodes)]
-    while dead := [node for node in nodes if not node.users]:
-        for node in dead:
-            nodes.remove(node)
-            node.graph.erase_node(node)

@@ -34,6 +34,7 @@ from .passes import CALLS
 from .passes.check import pyramid_over
 from .passes.regions import regions
 from .passes.rewrite import REWRITTEN_FROM
+from .plain_attention import without_flash_attn
 from .report import AttentionRecord, GraphReport, Report
 from .tracing import compile_anew
 from .verified import Check, Quantity, Verification, difference
@@ -93,7 +94,7 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
         found, slots = _compare(rewritten, functional, config, str(dtype).removeprefix("torch."))
         checks += found
         selected.append(slots)
-        records = [attention.record for attention in rewritten.calls if attention.record is not None]
+        records = [attention.record for attention in rewritten.calls]
         notes |= dict.fromkeys(_not_compared(call) for call in functional.calls if call.unknown)
     moved = sum(_moved(a, b) for a, b in zip(*selected, strict=True))
     total = sum(int((slots >= 0).sum()) for slots in selected[0])
@@ -117,6 +118,7 @@ def _rewritten(model: nn.Module, batch: Any, config: LighthouseConfig) -> _Run:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         report, gm = rewrite(gm, example_inputs, config)
         graphs.append(report)
+        without_flash_attn(gm)
         _observe(gm, report.calls, observer)
         return heeded(gm, gm, report.calls, config)
 
@@ -139,7 +141,11 @@ def _observe(gm: fx.GraphModule, records: Sequence[AttentionRecord], observer: O
                 parts.setdefault(node.meta[REWRITTEN_FROM], []).append(node)
         for index, nodes in parts.items():
             call, record = gm.meta[CALLS][index], records[index]
-            if not all(isinstance(x, fx.Node) for x in (call.query, call.key, call.value)):
+            if region.opaque:
+                continue
+            if not record.rewritten:
+                with graph.inserting_after(nodes[-1]):
+                    graph.call_function(_noting_dense(observer, record))
                 continue
             scatter = next((x for x in nodes if x.target is torch.ops.lighthouse_fx.scatter.default), None)
             selection = scatter.args[1:3] if scatter is not None else (None, None)
@@ -171,9 +177,13 @@ def _noting(observer: Observer, record: AttentionRecord) -> Callable[..., None]:
         # Copied, as the functional run reads them after this one.
         scored = tuple(None if x is None else x.detach().clone() for x in raw)
         tensors = (query, key, value)
-        observer.note(ObservedCall(record.rewritten, tensors, out, record, entries, slots, (scored[0], scored[1])))
+        observer.note(ObservedCall(True, record, tensors, out, entries, slots, (scored[0], scored[1])))
 
     return note
+
+
+def _noting_dense(observer: Observer, record: AttentionRecord) -> Callable[[], None]:
+    return lambda: observer.note(ObservedCall(False, record))
 
 
 def _functional(model: nn.Module, batch: Any, config: LighthouseConfig, rewritten: _Run) -> _Run:
@@ -259,12 +269,13 @@ def _compare(
 
     same = True
     for a, b in zip(rewritten.calls, functional.calls, strict=True):
-        if not a.rewritten or a.record is None:
+        if not a.rewritten:
             continue
         where = _where(a.record)
         if b.dense is not None:
             add(where, "the attention it replaces", b.dense)
-        assert b.entries is not None and b.slots is not None, "it is rewritten, too"
+        assert a.out is not None and b.out is not None, "it is rewritten"
+        assert b.entries is not None and b.slots is not None, "by the functional form, too"
         selections.append(b.slots)
         apart = _apart(a, b.entries, b.slots)
         add(where, "selection", apart)
@@ -273,7 +284,7 @@ def _compare(
             continue
         add(where, "output", difference([a.out], [b.out]))
         if names := sorted(a.gradients.keys() | b.gradients.keys()):
-            add(where, "gradients of q, k, v", difference(*(_named(x.gradients, names, x.out) for x in (a, b))))
+            add(where, "gradients of q, k, v", difference(*(_named(x.gradients, names, a.out) for x in (a, b))))
         if dtype == "float64" and not b.dropout_p:
             add(where, "ops and their plain twins", difference([b.out], [_twin(b, b.entries, b.slots, config)]))
     if same:
@@ -289,8 +300,7 @@ def _where(record: AttentionRecord) -> str:
 
 
 def _not_compared(call: ObservedCall) -> str:
-    assert call.record is not None, "it is rewritten"
-    return f"{_where(call.record)}: the attention it replaces was not compared, as {call.unknown}"
+    return f"{_where(call.record)}: {call.unknown}"
 
 
 def _moved(slots: Tensor, others: Tensor) -> int:
@@ -326,4 +336,4 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
     out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)
     for method, arguments in b.steps:
         out = getattr(out, method)(*arguments)
-    return out.to(b.out.device)
+    return out.to(b.tensors[0].device)

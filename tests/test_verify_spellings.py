@@ -61,6 +61,12 @@ def test_by_hand_inside_documents():
     assert [call.inside_documents for call in kept.calls] == [True, True]
 
 
+def test_attention_by_hand_that_stays_dense():
+    found = verify(Model(2, by_einsum), inputs(), config=LighthouseConfig(**FIELDS, dense_layers=(1,)))
+    assert found.passed, str(found)
+    assert [call.rewritten for call in found.calls] == [True, False]
+
+
 def test_dropout_says_what_was_not_compared():
     found = verify(Model(1, lambda q, k, v: written_out(q, k, v, dropout=0.3)), inputs(), config=CONFIG)
     assert found.passed, str(found)
@@ -182,6 +188,24 @@ def test_flash_attn(flash, packed):
     assert found.passed, str(found)
     assert [call.rewritten for call in found.calls] == [True, True]
     assert len(found.notes) == 1 and "flash-attn takes neither float32 nor float64" in found.notes[0]
+
+
+class Fails:
+    def __getattr__(self, name):
+        raise RuntimeError("flash-attn takes no float64")
+
+
+def test_what_flash_attn_itself_would_compute_is_computed_plainly(flash, monkeypatch):
+    monkeypatch.setattr(flash, "F", Fails())
+
+    def attend(q, k, v):
+        return flash.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
+
+    found = verify(Model(3, attend), inputs(), config=LighthouseConfig(**FIELDS, dense_layers=(0,)))
+    assert found.passed, str(found)
+    assert [call.rewritten for call in found.calls] == [False, True, True]
+    assert [note.partition(":")[0] for note in found.notes] == [f"layers.{n}.attn" for n in range(3)]
+    assert "computed as plain attention" in found.notes[0] and "was not compared" in found.notes[1]
 
 
 # --- wrong finds and rewrites ---------------------------------------------------------------------------------------------
