@@ -30,6 +30,7 @@ def without_flash_attn(gm: fx.GraphModule) -> None:
     for call in gm.meta[CALLS]:
         if call.refusal is None:
             put_plain(call)
+    gm.meta[CALLS] = tuple(call for call in gm.meta[CALLS] if call.refusal)  # what showed their arguments
     remove_leftovers(gm, (), config=None)
     gm.meta[CALLS] = known
     for region in regions(gm):
