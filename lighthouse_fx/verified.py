@@ -89,7 +89,8 @@ class Verification:
             "Numbers are the largest difference between the rewritten model and one that calls lighthouse_attention, over the "
             f"largest value; up to {TOLERANCES['float64']:g} in float64 and {TOLERANCES['float32']:g} in float32 pass. "
             f"Selection: entries that differ. float32 selects {self.moved:,} of {self.entries:,} entries otherwise than "
-            "float64, which is rounding where windows score alike."
+            "float64, which is rounding where windows score alike. The attention it replaces: what the model's own nodes "
+            "compute beside plain attention of the arguments that were found."
         )
         table.caption = Text("\n".join([caption, *(f"note: {note}" for note in self.notes)]))
         for column in ("where", "what", "float64", "float32"):
