@@ -63,7 +63,7 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         _check_score_mod(_body(region, score_mod))
         lengths = [x.shape[2] if (x := fake(y)) is not None and isinstance(x.shape[2], int) else _LONGEST for y in (query, key)]
         masked = _mask_mod(_body(region, block_mask[-1]), captured, *lengths)  # type: ignore[index, arg-type]
-        call = replace(call, is_causal=masked.causal, documents=masked.documents)
+        call = replace(call, is_causal=masked.causal, documents=masked.documents, own_documents=masked.documents is not None)
         call = replace(call, blocks=_blocks_to_check(call, block_mask))
         if not is_number(scale) or not scale > 0:  # type: ignore[operator]
             raise Unclear(f"flex_attention's scale is {scale}", "give a positive Python number")
