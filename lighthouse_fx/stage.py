@@ -126,6 +126,17 @@ def dense() -> Context:
     return Context(Stage(kind="dense"))
 
 
+def with_topk(topk: int) -> Context:
+    """The stage that is on now, with this `topk`; the dense stage as it is."""
+    if current.kind == "dense":
+        return Context(current)
+    if current.config is not None:
+        return Context(replace(current, config=replace(current.config, topk=topk)))
+    given = dict(current.fields) | {"topk": topk}
+    names = [field.name for field in fields(LighthouseConfig) if field.name in given]
+    return Context(Stage(kind="pretraining", fields=tuple((name, given[name]) for name in names)))
+
+
 def enter_documents(entered: Documents) -> None:
     """Make these the documents that are on, until they are left or others are entered."""
     _packed.append(entered)
