@@ -64,7 +64,8 @@ class AsTrained:
             gm = step(gm, example_inputs, config=self.config)
             # The check refuses for missing gradients only what it would rewrite with them.
             gm.meta[CALLS] = tuple(
-                replace(call, refusal=None) if call.refusal is _WITHOUT_GRADIENTS else call for call in gm.meta[CALLS]
+                replace(call, refusal=None, kept_inside=False) if call.refusal is _WITHOUT_GRADIENTS else call
+                for call in gm.meta[CALLS]
             )
         del gm.meta[LAYERS]  # it holds the user's modules
         documents.settle_input(gm)
