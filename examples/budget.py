@@ -86,7 +86,7 @@ def flags() -> argparse.Namespace:
 
 def run(name: str, seed: int, args: argparse.Namespace, text: Text, validation: torch.Tensor) -> Result:
     args.seed = seed
-    torch._dynamo.reset()  # each run compiles its own graphs, so that they can be counted
+    torch.compiler.reset()  # each run compiles its own graphs, so that they can be counted
     model = build(args)
     fixed = args.topk[FIXED.index(name) if name in FIXED else 1]
     before = len(lighthouse_fx.reports())
