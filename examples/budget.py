@@ -69,6 +69,7 @@ def flags() -> argparse.Namespace:
     add("--topk", type=int, nargs=3, help="the buckets; by default a 64th, a 32nd and a 16th of --seq-len")
     add("--thresholds", type=float, nargs=2, help="between the buckets; by default those of BudgetControl")
     add("--every", type=int, default=25, help="steps between measurements")
+    add("--measure-rows", type=int, default=4, help="measure on the same so many sequences; 0: on each step's own batch")
     add("--steps", type=int, default=400, help="steps of both stages together, 5/8 of them with Lighthouse")
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--warmup", type=int, default=40, help="steps in which the learning rate rises")
@@ -102,10 +103,14 @@ def run(name: str, seed: int, args: argparse.Namespace, text: Text, validation: 
         validate_every=max(1, args.steps // 8),
     )
     log = new_log(args.out / f"{name}-{seed}.jsonl", model, args)
-    budget = None
+    budget, rows = None, None
     if name == "control":
+        if args.measure_rows:
+            rows = text.batch(0, batch=args.measure_rows, length=args.seq_len, seed=seed)[:, :-1].to(args.device)
         budget = BudgetControl(model, topk=args.topk, every=args.every, thresholds=args.thresholds, log=log)
-    done = train(f"{name}, seed {seed}", model, text, plan, validation, lighthouse=True, log=log, budget=budget)
+    done = train(
+        f"{name}, seed {seed}", model, text, plan, validation, lighthouse=True, log=log, budget=budget, measured_on=rows
+    )
     kept = [share for topk in budgets_by_step(budget, fixed, plan, args.layers - 2) for share in shares(topk, plan.length)]
     return Result(
         name=name,

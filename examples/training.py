@@ -111,8 +111,12 @@ def train(
     lighthouse: bool,
     log: lighthouse_fx.RunLog,
     budget: lighthouse_fx.BudgetControl | None = None,
+    measured_on: Tensor | None = None,
 ) -> Run:
-    """Train a model in place; with `lighthouse`, stage 1 runs under Lighthouse attention, and under a budget control."""
+    """Train a model in place; with `lighthouse`, stage 1 runs under Lighthouse attention.
+
+    Under a budget control it measures on the given windows [B, N], by default on each step's own.
+    """
     run = Run(name=name, stages=stages(plan, lighthouse=lighthouse))
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -130,7 +134,8 @@ def train(
                 model.train()
                 with log.step(step, tokens=plan.batch * plan.length) as logged:
                     # The backward belongs inside too: activation checkpointing runs the forward again there.
-                    with stage.context(), budget.step(step, windows[:, :-1]) if budget else nullcontext():
+                    seen = windows[:, :-1] if measured_on is None else measured_on
+                    with stage.context(), budget.step(step, seen) if budget else nullcontext():
                         loss = mean_loss(model, windows)
                         loss.backward()
                     optimizer.step(plan.rate(step))

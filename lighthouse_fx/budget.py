@@ -63,7 +63,7 @@ class BudgetControl:
 
         budget = lighthouse_fx.BudgetControl(model, topk=(768, 1536, 3072), every=200, log=log)
         for step in schedule:
-            with schedule.stage(), budget.step(step, tokens):     # the model's own arguments, to measure on
+            with schedule.stage(), budget.step(step, tokens):     # the model's arguments, to measure on
                 model(tokens).loss.backward()
             optimizer.step(); optimizer.zero_grad()
             schedule.finish()
@@ -75,8 +75,11 @@ class BudgetControl:
 
     A part moves to the next bucket up where its entropy is above the threshold between the two by more than `margin`, and down
     where it is below by more than `margin`; in between it stays (hysteresis). Where scores are not finite it stays, too.
-    Nothing here is random: a run that goes on from `state_dict()` goes on as it would have. Each process measures its own
-    batch; ranks that are to decide alike have to be given the same one. Under autocast, enter `step` inside it.
+    Nothing here is random: a run that goes on from `state_dict()` goes on as it would have. Under autocast, enter `step`
+    inside it.
+
+    Entropies differ from batch to batch. Measured always on the same rows, `budget.step(step, held_out)`, budgets move with
+    training alone, and all ranks decide alike; measured on its own batch, each process decides for itself.
 
     Args:
         model: compiled with this backend, whole or block by block, by `lighthouse_fx.compile` for one.
@@ -128,7 +131,8 @@ class BudgetControl:
         """The forward and backward of a step, or of one of its micro-batches, under the budgets: inside `schedule.stage()`.
 
         Args:
-            step: the number of the optimiser step in the whole run; args, kwargs: what the model is called with.
+            step: the number of the optimiser step in the whole run; args, kwargs: what the model is called with to measure it,
+                the step's own batch or any other. Inside `documents(...)` it has to be one of their shape.
 
         Raises:
             RuntimeError: gradients are off, or an attention call has to run again in a checkpoint under another budget.
