@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -102,9 +102,21 @@ def stages(plan: Plan, *, lighthouse: bool) -> list[Stage]:
 
 
 def train(
-    name: str, model: nn.Module, text: Text, plan: Plan, validation: Tensor, *, lighthouse: bool, log: lighthouse_fx.RunLog
+    name: str,
+    model: nn.Module,
+    text: Text,
+    plan: Plan,
+    validation: Tensor,
+    *,
+    lighthouse: bool,
+    log: lighthouse_fx.RunLog,
+    budget: lighthouse_fx.BudgetControl | None = None,
+    measured_on: Tensor | None = None,
 ) -> Run:
-    """Train a model in place; with `lighthouse`, stage 1 runs under Lighthouse attention."""
+    """Train a model in place; with `lighthouse`, stage 1 runs under Lighthouse attention.
+
+    Under a budget control it measures on the given windows [B, N], by default on each step's own.
+    """
     run = Run(name=name, stages=stages(plan, lighthouse=lighthouse))
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -122,7 +134,8 @@ def train(
                 model.train()
                 with log.step(step, tokens=plan.batch * plan.length) as logged:
                     # The backward belongs inside too: activation checkpointing runs the forward again there.
-                    with stage.context():
+                    seen = windows[:, :-1] if measured_on is None else measured_on
+                    with stage.context(), budget.step(step, seen) if budget else nullcontext():
                         loss = mean_loss(model, windows)
                         loss.backward()
                     optimizer.step(plan.rate(step))

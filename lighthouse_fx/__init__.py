@@ -7,6 +7,7 @@ rewrites the attention of a model that trains into Lighthouse attention, and lea
 
 from .audit import RunLog
 from .blocks import compile
+from .budget import BudgetControl
 from .config import LighthouseConfig
 from .documents import documents
 from .functional import lighthouse_attention
@@ -27,6 +28,7 @@ from .verified import Verification
 
 __all__ = [
     "AttentionRecord",
+    "BudgetControl",
     "Divergence",
     "GraphReport",
     "LighthouseConfig",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from . import dynamo
+from . import documents, dynamo
 from .compiled import setting_of
 from .config import LighthouseConfig
 from .passes import CALLS, LAYERS, PIPELINE, Refusal
@@ -30,11 +30,21 @@ class AsTrained:
 
     Args:
         config: by default as the model is compiled, otherwise `LighthouseConfig()`.
+        observe: may add to a rewritten graph, once it is there, what looks on when it runs.
+        inside_documents: keep attention inside the documents that are on, as training does.
     """
 
-    def __init__(self, model: nn.Module, config: LighthouseConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LighthouseConfig | None = None,
+        *,
+        observe: Callable[[fx.GraphModule, Sequence[AttentionRecord]], None] | None = None,
+        inside_documents: bool = False,
+    ) -> None:
         self.config = config or setting_of(model).config
         self.calls: list[AttentionRecord] = []
+        self._look, self._inside_documents = observe, inside_documents
         self._call = compile_anew(model, self._rewrite)
 
     @torch.no_grad()
@@ -47,17 +57,25 @@ class AsTrained:
         modules = dynamo.Modules(gm)
         modules.name_nodes(gm)
         gm.meta |= {LAYERS: modules.layer, NO_GRADIENTS: _WITHOUT_GRADIENTS}
+        if self._inside_documents:
+            dynamo.guard_on_documents()
+            gm = documents.prepared(gm)
         for step in PIPELINE:
             gm = step(gm, example_inputs, config=self.config)
             # The check refuses for missing gradients only what it would rewrite with them.
             gm.meta[CALLS] = tuple(
-                replace(call, refusal=None) if call.refusal is _WITHOUT_GRADIENTS else call for call in gm.meta[CALLS]
+                replace(call, refusal=None, kept_inside=False) if call.refusal is _WITHOUT_GRADIENTS else call
+                for call in gm.meta[CALLS]
             )
         del gm.meta[LAYERS]  # it holds the user's modules
+        documents.settle_input(gm)
         calls = [record(call) for call in gm.meta[CALLS]]
+        if self._look is not None:
+            self._look(gm, calls)
+        rewritten = documents.supplied(gm, gm, self.config)
 
         def run(*args: Any) -> Any:
             self.calls += calls
-            return gm(*args)
+            return rewritten(*args)
 
         return run

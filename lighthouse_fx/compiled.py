@@ -79,6 +79,15 @@ def setting_of(model: Callable[..., Any]) -> Setting:
     return Setting(config=config, dynamic=ours[0][1].dynamic, compiled=True, dense=dense, notes=tuple(notes))
 
 
+def lighthouse_parts(model: nn.Module) -> dict[str, tuple[nn.Module, LighthouseConfig]]:
+    """The outermost modules that are compiled with this backend and each one's options, by path; "" is the model itself."""
+    return {
+        path: (model.get_submodule(path), split_options(part.options)[0])
+        for path, part in _parts(model)
+        if part is not None and part.backend == "lighthouse"
+    }
+
+
 def _why_dense(part: Compilation) -> str:
     return EXCLUDED_BY_COMPILE if part.backend == lighthouse_excluded.__name__ else f"compiled with {part}"
 

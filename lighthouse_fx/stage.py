@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -124,6 +125,22 @@ def pretraining(config: LighthouseConfig | None = None, /, **overrides: Any) -> 
 def dense() -> Context:
     """Turn Lighthouse attention off: stage 2, or a dense validation inside stage 1. Context manager or decorator."""
     return Context(Stage(kind="dense"))
+
+
+def with_topk(topk: int) -> Context:
+    """The stage that is on now, with this `topk`; the dense stage as it is."""
+    return _with_topk(current, topk)
+
+
+@cache  # it is entered anew for every block of every step
+def _with_topk(on: Stage, topk: int) -> Context:
+    if on.kind == "dense":
+        return Context(on)
+    if on.config is not None:
+        return Context(replace(on, config=replace(on.config, topk=topk)))
+    given = dict(on.fields) | {"topk": topk}
+    names = [field.name for field in fields(LighthouseConfig) if field.name in given]
+    return Context(Stage(kind="pretraining", fields=tuple((name, given[name]) for name in names)))
 
 
 def enter_documents(entered: Documents) -> None:

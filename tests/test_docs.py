@@ -89,7 +89,7 @@ def test_site_builds_without_a_warning(tmp_path):
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     shown = re.findall(r'<img[^>]* src="([^"]+)"', (tmp_path / "choosing_a_pyramid" / "index.html").read_text())
     pictures = [(tmp_path / "choosing_a_pyramid" / source).resolve() for source in shown]
-    assert {path.name for path in pictures} == {"layer.png", "train_step.png"}
+    assert {path.name for path in pictures} == {"layer.png", "train_step.png", "budget.png"}
     assert all(path.is_file() and path.is_relative_to(tmp_path.resolve()) for path in pictures)
 
 
@@ -180,6 +180,18 @@ def test_table_of_speeds_is_that_of_the_benchmark():
             continue
         assert math.isclose(number(row[5]), of["dense"][1], rel_tol=0.02)
         assert math.isclose(number(row[6]), of["dense"][1] / of["layer"][1], rel_tol=0.03)
+
+
+def test_table_of_budgets_is_that_of_the_run():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "budget.json").read_text())["results"]
+    found = rows("choosing_a_pyramid.md", "run")
+    assert [(row[0], row[1]) for row in found] == [(of["name"], of["topk"]) for of in measured]
+    moves = [sum(len(event["changed"]) for event in of["events"]) for of in measured]
+    assert f"{moves[-2]} and {moves[-1]} moves in 200 steps" in PAGES["choosing_a_pyramid.md"]
+    for row, of in zip(found, measured, strict=True):
+        kept, work, at_switch, final = map(number, row[2:])
+        assert math.isclose(kept, 100 * of["kept"], abs_tol=0.051) and math.isclose(work, 100 * of["work"], abs_tol=0.051)
+        assert math.isclose(at_switch, of["at_switch"], abs_tol=0.0005) and math.isclose(final, of["final"], abs_tol=0.0005)
 
 
 def test_table_of_documents_is_that_of_the_benchmark():

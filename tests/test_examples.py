@@ -94,3 +94,25 @@ def test_recipes(tmp_path):
     assert (tmp_path / "recipes.png").stat().st_size > 0
     again = run("k256-rescaled", out=tmp_path)["k256-rescaled"]
     assert again["losses"] == rescaled["losses"] and again["final"] == rescaled["final"]
+
+
+@pytest.mark.slow
+def test_budget(tmp_path):
+    """A run under budget control: thresholds below every entropy put its layer into the highest bucket."""
+    script = SCRIPT.with_name("budget.py")
+    tiny = (
+        "--runs control --seq-len=256 --topk 2 4 8 --thresholds 0.001 0.002 --every=2 --layers=3 --width=32 --heads=2 "
+        "--kv-heads=1 --steps=5 --warmup=2 --validation-windows=2 --device=cpu"
+    )
+    command = [sys.executable, str(script), *tiny.split(), f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "step 2: topk of model.layers.1 4 -> 8" in done.stdout
+    (result,) = json.loads((tmp_path / "budget.json").read_text())["results"]
+    assert [event["topk"] for event in result["events"]] == [{"model.layers.1": 4}, {"model.layers.1": 8}]
+    low, high = (16 + 2 * 4 * k for k in (4, 8))  # S: 16 coarsest windows, two levels of four children each
+    assert result["kept"] == pytest.approx((2 * low + high) / 3 / 256) and math.isfinite(result["final"])
+    log = read_run(tmp_path / "control-0.jsonl")
+    assert [step.gathered for step in log.steps] == [low, low, high, None, None]
+    assert [event.step for event in log.named("budget")] == [0, 2]
+    assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
