@@ -24,7 +24,7 @@ from torch import Tensor
 from .geometry import Pyramid
 from .inner import resolved
 from .revision import REVISION
-from .sequences import WIDEST, attend_in_sequences, bounds_of
+from .sequences import WIDEST, attend_in_sequences, bounds_of, longest_of
 from .torch_private import assert_async, flash_attention_forward
 
 _ALIGNED = 8  # the kernels take head dimensions that are multiples of it
@@ -210,15 +210,15 @@ def _attention(
     rows = [x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2).contiguous() for x in (query, key, value)]
     if dim != width or wanted != width:
         rows = [F.pad(x, (0, width - x.shape[2])) for x in rows]  # [B * G * S, H / G, width] and [B * G * S, 1, width]
+    bounds = bounds_of(segments, batch * groups * (most + 1), most)
     if dropout_p:  # the op knows no dropout
-        bounds = bounds_of(segments, batch * groups * (most + 1), most)
         out = flash_attention_forward(
             *rows, bounds, bounds, gathered, gathered, dropout_p, True, False, scale=scale
         )[0]
     else:
-        cudnn = "cudnn" in _able(kernel, query.device, width)
+        longest = list(longest_of(segments, starts, most)) if "cudnn" in _able(kernel, query.device, width) else []
         out, _ = attend_in_sequences(
-            *rows, segments, known, pyramid.length, levels, pooling, topk, quota, most, scale, cudnn, REVISION
+            *rows, bounds, longest, known, batch, groups, pyramid.length, levels, pooling, topk, quota, most, scale, REVISION
         )
     out = out.unflatten(0, (batch, groups, gathered)).transpose(2, 3)
     result: Tensor = out.reshape(batch, heads, gathered, width)[..., :wanted]

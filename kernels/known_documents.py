@@ -4,8 +4,8 @@ Variable-length attention launches blocks for every sequence that it is told of,
 find nothing to do. Told of 257 sequences a head where there are 12, it takes longer for that than for the attention. So it has
 to be told what is close to the truth. Which entries are whose is decided on the GPU, head by head, but the pyramid bounds it.
 
-PyTorch's variable-length attention is FlashAttention 2, and where cuDNN is faster a long document is worth a call of cuDNN's
-attention of its own, on as many rows as the document may have: rows behind its own concern nobody, as attention is causal.
+PyTorch's variable-length attention is FlashAttention 2. Where cuDNN is faster, a document that fills most of its row is worth a
+call of cuDNN's attention on as many rows as there are: those behind its own concern nobody, as attention is causal.
 """
 
 from __future__ import annotations
@@ -20,9 +20,23 @@ from .geometry import Pyramid
 
 FIELDS = 4  # of `summary`
 PIECE = 256  # rows; a document that has a call of its own is cut into such pieces where the others are attended to
-_SHAPES = 16  # of calls of their own, at most: cuDNN makes a plan for each, which takes a tenth of a second
-_SHARE = 0.55  # cuDNN's time over FlashAttention 2's, and
-_ROWS = 1200  # what copying a row costs, in rows of FlashAttention's work on one: both measured on an H100
+_MOST_OF_ITS_ROW = 0.82  # of the entries: from there on a call of cuDNN's on all of them is faster; measured on an H100
+
+
+def by_length(starts: Tensor) -> Tensor:
+    """At the last token of each document a number that is the larger, the longer it is, and then the earlier: int64 `[B, N]`.
+
+    `unpacked` gives back where it begins and how long it is, so that the CPU and the GPU agree on which is the longest.
+    """
+    length = starts.shape[-1]
+    place = torch.arange(length, device=starts.device)
+    last = F.pad(starts[:, 1:] == place[1:], (0, 1), value=True)
+    return torch.where(last, (place - starts + 1) * length + (length - 1 - starts), 0)
+
+
+def unpacked(numbers: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Where documents begin and how many tokens they have, of `by_length`; of 0, no tokens."""
+    return length - 1 - numbers % length, numbers // length
 
 
 def summary(starts: Tensor) -> Tensor:
@@ -31,31 +45,21 @@ def summary(starts: Tensor) -> Tensor:
     Args:
         starts: int32 `[B, N]`, where each token's document begins.
     """
-    place = torch.arange(starts.shape[-1], device=starts.device)
-    first = starts == place
-    last = F.pad(first[:, 1:], (0, 1), value=True)
-    lengths = F.pad((place - starts + 1) * last, (0, 1))  # at a document's last token; one more, so that there are two
-    tokens, where = lengths.topk(2)
-    begins = starts.long().gather(1, where[:, :1])
-    return torch.cat([first.sum(1, keepdim=True), begins, tokens], 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Apart:
-    """A document that gets a call of its own: its batch row, the token where it begins, and rows that hold its entries."""
-
-    row: int
-    first: int
-    rows: int
+    numbers = F.pad(by_length(starts), (0, 1))  # one more, so that there are two
+    begins, tokens = unpacked(numbers.topk(2).values, starts.shape[-1])
+    return torch.cat([(numbers > 0).sum(1, keepdim=True), begins[:, :1], tokens], 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """At most how many sequences there are for variable-length attention, how long at most, and what is kept out of it."""
+    """What variable-length attention is told: at most so many sequences, with at most so many rows in the longest.
+
+    `apart`: the longest document of each batch row is kept out of it, and has cuDNN's attention.
+    """
 
     sequences: int
     longest: int
-    apart: tuple[Apart, ...] = ()
+    apart: bool = False
 
 
 def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, most: int, cudnn: bool) -> Plan:
@@ -65,7 +69,7 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
 
     Args:
         known: `summary`; None, or zeros, where only the GPU knows. most: documents in a row at most.
-        cudnn: whether cuDNN may take long documents.
+        cudnn: whether cuDNN is faster.
 
     Raises:
         ValueError: more documents than `most`.
@@ -74,19 +78,18 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
     rows = [] if known is None else known.tolist()
     if not any(documents for documents, *_ in rows):
         return Plan(batch * groups * (most + 1), gathered)
-    sequences, longest, apart = 0, 1, []
-    for row, (documents, first, tokens, next_tokens) in enumerate(rows):
-        if documents > most:
-            raise ValueError(f"{documents} documents in a row: {too_many(most)}")
-        entries = entries_at_most(first, tokens, pyramid)
-        if cudnn and (length := _worth_a_call(entries, tokens, pyramid)):
-            apart.append(Apart(row, first, length))
-            sequences += groups * -(-length // PIECE)
-            entries = max(PIECE, _windows(next_tokens, pyramid))
-        divided = (documents - 1) * (pyramid.levels - 1)  # a border divides at most a window of each level above 0
-        sequences += groups * (documents + 1)
-        longest = max(longest, entries, divided)
-    return Plan(sequences, min(longest, gathered), tuple(apart))
+    if (fullest := max(row[0] for row in rows)) > most:
+        raise ValueError(f"{fullest} documents in a row: {too_many(most)}")
+    entries = [entries_at_most(first, tokens, pyramid) for _, first, tokens, _ in rows]
+    sequences = sum(groups * (row[0] + 1) for row in rows)
+    apart = cudnn and all(row[2] >= 2 * pyramid.widest for row in rows)  # so that each has entries
+    if apart and sum(count**2 for count in entries) > batch * (_MOST_OF_ITS_ROW * gathered) ** 2:
+        sequences += sum(groups * -(-count // PIECE) for count in entries)
+        entries = [max(PIECE, _windows(row[3], pyramid)) for row in rows]
+    else:
+        apart = False
+    divided = (fullest - 1) * (pyramid.levels - 1)  # a border divides at most a window of each level above 0
+    return Plan(sequences, min(gathered, max(*entries, divided, 1)), apart)
 
 
 def entries_at_most(first: int, tokens: int, pyramid: Pyramid) -> int:
@@ -105,13 +108,6 @@ def entries_at_most(first: int, tokens: int, pyramid: Pyramid) -> int:
 def _windows(tokens: int, pyramid: Pyramid) -> int:
     """At most how many windows of all levels lie in so many tokens."""
     return sum(tokens // pyramid.pooling**level for level in range(pyramid.levels))
-
-
-def _worth_a_call(entries: int, tokens: int, pyramid: Pyramid) -> int:
-    """The rows of a document's own call, a multiple of a sixteenth; 0 where FlashAttention takes no longer on all."""
-    step = -(-pyramid.gathered // _SHAPES)
-    rows = min(pyramid.gathered, -(-entries // step) * step)
-    return rows if tokens >= 2 * pyramid.widest and entries**2 > _SHARE * rows**2 + _ROWS * rows else 0
 
 
 def too_many(most: int) -> str:

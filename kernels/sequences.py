@@ -1,21 +1,20 @@
 """Causal attention inside documents, whose entries lie one after another in every head, by the stock kernels for that.
 
-FlashAttention attends to sequences of different lengths. Where the plan says so (`known_documents.py`), a long document is
-kept out of that, and cuDNN attends to it alone. How many documents there are reaches the op as a tensor on the CPU, so it can
-be told to the kernels without waiting for the GPU, and no graph depends on it.
+FlashAttention attends to sequences of different lengths. Where the plan says so (`known_documents.py`), the longest document of
+a row is kept out of that, and cuDNN attends to it alone. How many documents there are reaches the op as a tensor on the CPU, so
+it can be told to the kernels without waiting for the GPU, and no graph depends on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
-from .known_documents import PIECE, Apart, Plan, plan, too_many
+from .known_documents import PIECE, Plan, by_length, plan, too_many, unpacked
 from .torch_private import (
     assert_async,
     cudnn_attention_backward,
@@ -40,6 +39,51 @@ def bounds_of(segments: Tensor, sequences: int, most: int) -> Tensor:
     return bounds.scatter(0, torch.where(begins, number - 1, beyond).clamp(max=beyond), place)[:-1]
 
 
+class Longest(NamedTuple):
+    """The longest document of each batch row, and how its rows move to the front in every head, of the `T = B * G * S` rows.
+
+    Attributes:
+        own: bool `[T, 1, 1]`, which they are.
+        source: int32 `[T]`, the row that comes to each place; behind them it is the last of them again, so that nothing of
+            another document is there.
+        target: int32 `[T]`, the place that each of them comes to; anything for rows of other documents.
+        beyond: bool `[T, 1, 1]`, the places behind them.
+        bounds: as `bounds_of`, with these documents cut into pieces: variable-length attention is to be quick with them.
+    """
+
+    own: Tensor
+    source: Tensor
+    target: Tensor
+    beyond: Tensor
+    bounds: Tensor
+
+    def taken(self, x: Tensor, heads: int) -> Tensor:
+        """The documents' rows of `[T, heads, D]`: `[B * G, heads, S, D]`."""
+        return x.index_select(0, self.source).view(heads, -1, *x.shape[1:]).transpose(1, 2)
+
+    def put(self, own: Tensor, x: Tensor) -> None:
+        """Write the documents' rows, as `taken` gives them, into `[T, heads, D]`."""
+        rows = own.transpose(1, 2).flatten(0, 1).index_select(0, self.target)
+        torch.where(self.own, rows, x, out=x)
+
+
+def longest_of(segments: Tensor, starts: Tensor, most: int) -> Longest:
+    """The longest document of each row, found without waiting for the GPU."""
+    batch, groups, gathered = segments.shape
+    begins, _ = unpacked(by_length(starts).amax(-1), starts.shape[-1])
+    own = segments == begins[:, None, None]
+    place = torch.arange(gathered, dtype=torch.int32, device=segments.device)
+    head = torch.arange(batch * groups, dtype=torch.int32, device=segments.device).view(batch, groups, 1) * gathered
+    count = own.sum(-1, keepdim=True, dtype=torch.int32)
+    begin = torch.where(own, place, gathered).amin(-1, keepdim=True)
+    source = head + (begin + torch.minimum(place, count - 1)).clamp(0, gathered - 1)
+    target = head + (place - begin).clamp(0, gathered - 1)
+    pieces = torch.where(own, -1 - (place - begin) // PIECE, segments)
+    bounds = bounds_of(pieces, batch * groups * (most + 1 - (-gathered // PIECE)), most)
+    rows = own.reshape(-1, 1, 1), source.int().flatten(), target.int().flatten(), (place >= count).reshape(-1, 1, 1)
+    return Longest(*rows, bounds)
+
+
 # --- the op -----------------------------------------------------------------------------------------------------------
 
 
@@ -48,8 +92,11 @@ def attend_in_sequences(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segments: Tensor,
+    bounds: Tensor,
+    longest: list[Tensor],
     known: Tensor | None,
+    batch: int,
+    groups: int,
     length: int,
     levels: int,
     pooling: int,
@@ -57,29 +104,32 @@ def attend_in_sequences(
     quota: int,
     most: int,
     scale: float,
-    cudnn: bool,
     revision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention inside each run of equal segments.
+    """Causal attention inside each sequence.
 
     Args:
         query: `[B * G * S, H / G, D]`; key, value: `[B * G * S, 1, D]`, of bfloat16 or float16 on a GPU.
-        segments: int32 `[B, G, S]`, the token where each entry's document begins, `length` for a divided window.
+        bounds: `bounds_of` the entries' documents, for as many as there can be.
+        longest: what `longest_of` finds, for cuDNN; nothing where that is not faster.
         known: what the CPU knows of the documents, see `known_documents.plan`.
-        cudnn: whether cuDNN may take long documents.
+        length: tokens of the pyramid that the rest describes.
 
     Returns:
-        As query, and the logarithms of the sums of exponentials, in the kernels' own order: float32 `[2, B, G * S * H / G]`, of
+        As query, and the logarithms of the sums of exponentials, in the kernels' own order: float32 `[2, T * H / G]`, of
         FlashAttention and of cuDNN.
     """
-    told = _plan(segments, known, length, levels, pooling, topk, quota, most, cudnn)
-    bounds = bounds_of(_cut(segments, told), told.sequences, most)
+    told = _plan(bool(longest), known, batch, groups, length, levels, pooling, topk, quota, most)
+    apart = Longest(*longest) if told.apart else None
+    bounds = (apart.bounds if apart else bounds)[: told.sequences + 1]
     out, flash_sums = flash_forward(query, key, value, bounds, told.longest, scale)
-    sums = torch.stack([flash_sums.reshape(segments.shape[0], -1)] * 2)
-    for part in _parts(segments, told):
-        own, own_sums = cudnn_forward(part.taken(query), part.taken(key), part.taken(value), scale)
-        part.put(own, out)
-        sums[1, part.row, : own_sums.numel()] = own_sums.flatten()
+    sums = flash_sums.new_zeros(2, flash_sums.numel())
+    sums[0] = flash_sums.flatten()
+    if apart:
+        q, k, v = (apart.taken(x, batch * groups) for x in (query, key, value))
+        own, own_sums = cudnn_forward(q, k, v, scale)
+        apart.put(own, out)
+        sums[1] = own_sums.flatten()
     return out, sums
 
 
@@ -91,8 +141,11 @@ def attend_in_sequences_backward(
     value: Tensor,
     out: Tensor,
     sums: Tensor,
-    segments: Tensor,
+    bounds: Tensor,
+    longest: list[Tensor],
     known: Tensor | None,
+    batch: int,
+    groups: int,
     length: int,
     levels: int,
     pooling: int,
@@ -100,31 +153,41 @@ def attend_in_sequences_backward(
     quota: int,
     most: int,
     scale: float,
-    cudnn: bool,
     revision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    told = _plan(segments, known, length, levels, pooling, topk, quota, most, cudnn)
-    bounds = bounds_of(_cut(segments, told), told.sequences, most)
-    parts = list(_parts(segments, told))
-    rest = grad.clone(memory_format=torch.contiguous_format) if parts else grad.contiguous()
-    for part in parts:
-        part.clear(rest)
-    grads = flash_backward(rest, query, key, value, out, sums[0].flatten(), bounds, told.longest, scale)
-    for part in parts:
-        own_grad, own_out = part.taken(grad, fill=False), part.taken(out)
-        own = cudnn_backward(
-            own_grad, part.taken(query), part.taken(key), part.taken(value), own_out, sums[1, part.row], scale
-        )
-        for x, found in zip(own, grads, strict=True):
-            part.put(x, found)
+    told = _plan(bool(longest), known, batch, groups, length, levels, pooling, topk, quota, most)
+    apart = Longest(*longest) if told.apart else None
+    bounds = (apart.bounds if apart else bounds)[: told.sequences + 1]
+    rest = grad.masked_fill(apart.own, 0) if apart else grad
+    grads = flash_backward(rest.contiguous(), query, key, value, out, sums[0], bounds, told.longest, scale)
+    if apart:
+        g, q, k, v, own = (apart.taken(x, batch * groups) for x in (grad, query, key, value, out))
+        g.transpose(1, 2).flatten(0, 1).masked_fill_(apart.beyond, 0)
+        for x, found in zip(cudnn_backward(g, q, k, v, own, sums[1], scale), grads, strict=True):
+            apart.put(x, found)
     return grads
 
 
+def _plan(
+    cudnn: bool,
+    known: Tensor | None,
+    batch: int,
+    groups: int,
+    length: int,
+    levels: int,
+    pooling: int,
+    topk: int,
+    quota: int,
+    most: int,
+) -> Plan:
+    pyramid = Pyramid(length=length, levels=levels, pooling=pooling, topk=topk, quota=quota or None)
+    return plan(known, pyramid, batch=batch, groups=groups, most=most, cudnn=cudnn)
+
+
 @attend_in_sequences.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, groups, gathered = segments.shape
-    return torch.empty_like(query), query.new_empty(2, batch, groups * gathered * query.shape[1], dtype=torch.float32)
+def _(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(2, query.shape[0] * query.shape[1], dtype=torch.float32)
 
 
 @attend_in_sequences_backward.register_fake
@@ -133,85 +196,18 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, segments, known, *ctx.rest = inputs
+    query, key, value, bounds, longest, known, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, *output, segments, known)
+    ctx.save_for_backward(query, key, value, *output, bounds, known, *longest)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *attend_in_sequences_backward(grad, *ctx.saved_tensors, *ctx.rest), *(None,) * 11
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    query, key, value, out, sums, bounds, known, *longest = ctx.saved_tensors
+    grads = attend_in_sequences_backward(grad, query, key, value, out, sums, bounds, longest, known, *ctx.rest)
+    return *grads, None, [None] * len(longest), *(None,) * 11
 
 
 attend_in_sequences.register_autograd(_differentiate, setup_context=_save)
-
-
-# --- documents that have a call of their own --------------------------------------------------------------------------
-
-
-def _plan(
-    segments: Tensor,
-    known: Tensor | None,
-    length: int,
-    levels: int,
-    pooling: int,
-    topk: int,
-    quota: int,
-    most: int,
-    cudnn: bool,
-) -> Plan:
-    pyramid = Pyramid(length=length, levels=levels, pooling=pooling, topk=topk, quota=quota or None)
-    batch, groups, _ = segments.shape
-    return plan(known, pyramid, batch=batch, groups=groups, most=most, cudnn=cudnn)
-
-
-def _cut(segments: Tensor, told: Plan) -> Tensor:
-    """Segments that make short sequences of what has a call of its own: variable-length attention is to be quick with it."""
-    if told.apart:
-        segments = segments.clone()
-    for part in told.apart:
-        row = segments[part.row]
-        own = row == part.first
-        row.copy_(torch.where(own, -1 - own.int().cumsum(-1).sub_(1) // PIECE, row))
-    return segments
-
-
-def _parts(segments: Tensor, told: Plan) -> Iterator[_Part]:
-    return (_Part(segments, part) for part in told.apart)
-
-
-class _Part:
-    """The rows of one document among those of its batch row, in each key/value head."""
-
-    def __init__(self, segments: Tensor, part: Apart) -> None:
-        groups, gathered = segments.shape[1:]
-        self.row, self.rows = part.row, part.rows
-        self.span = slice(part.row * groups * gathered, (part.row + 1) * groups * gathered)
-        self.own = segments[part.row] == part.first  # [G, S]
-        count = self.own.sum(-1, keepdim=True)
-        begin = self.own.int().argmax(-1, keepdim=True)  # [G, 1]
-        head = torch.arange(groups, device=segments.device)[:, None]
-        place = torch.arange(part.rows, device=segments.device)
-        self.beyond = place >= count  # [G, rows]
-        # Rows beyond the document are filled with its last: nothing of another is in the call.
-        self.source = head * gathered + begin + torch.minimum(place, count - 1)  # [G, rows]
-        place = torch.arange(gathered, device=segments.device)
-        self.target = head * part.rows + (place - begin).clamp(0, part.rows - 1)  # [G, S]
-
-    def taken(self, x: Tensor, *, fill: bool = True) -> Tensor:
-        """The document's rows of `[B * G * S, heads, D]`: `[G, heads, rows, D]`; behind them its last row, or zeros."""
-        taken = x[self.span].index_select(0, self.source.flatten()).view(*self.source.shape, *x.shape[1:])
-        if not fill:
-            taken.masked_fill_(self.beyond[..., None, None], 0)
-        return taken.transpose(1, 2)
-
-    def put(self, own: Tensor, x: Tensor) -> None:
-        """Write the document's rows, as `taken` gives them, into `[B * G * S, heads, D]`."""
-        rows = own.transpose(1, 2).flatten(0, 1).index_select(0, self.target.flatten())
-        torch.where(self.own.flatten()[:, None, None], rows, x[self.span], out=x[self.span])
-
-    def clear(self, x: Tensor) -> None:
-        """Make the document's rows zero."""
-        x[self.span].masked_fill_(self.own.flatten()[:, None, None], 0)
 
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
@@ -257,9 +253,8 @@ def cudnn_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
 def cudnn_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value. Of the sums, the first are needed."""
-    rows = query.shape[2]
-    sums = sums[: query[..., 0].numel()].view(*query.shape[:3], 1)
+    """The gradients of query, key and value."""
+    rows, sums = query.shape[2], sums.view(*query.shape[:3], 1)
     nothing_dropped = torch.empty((), dtype=torch.int64, device=query.device)
     grads: tuple[Tensor, Tensor, Tensor] = cudnn_attention_backward(
         grad, query, key, value, out, sums, nothing_dropped, nothing_dropped, None, None, None, rows, rows, 0.0, True,

@@ -28,8 +28,8 @@ def starts_of(*rows):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Documents of a few tokens may have a call of their own."""
-    monkeypatch.setattr(known_documents, "_ROWS", 0)
+    """Documents of a few tokens may have a call of their own, and are cut into small pieces."""
+    monkeypatch.setattr(known_documents, "_MOST_OF_ITS_ROW", 0.3)
     for module in (known_documents, sequences):
         monkeypatch.setattr(module, "PIECE", 4)
 
@@ -83,7 +83,7 @@ def plain_cudnn_forward(query, key, value, scale):
 
 def plain_cudnn_backward(grad, query, key, value, out, sums, scale):
     batch, heads, count = query.shape[:3]
-    sums = sums[: batch * heads * count].view(batch, heads, count).transpose(0, 1).flatten()
+    sums = sums.view(batch, heads, count).transpose(0, 1).flatten()
     rows, bounds, longest = as_rows(grad, query, key, value, out)
     grads = plain_backward(*rows, sums, bounds, longest, scale)
     return [x.unflatten(0, (batch, count)).transpose(1, 2) for x in grads]
@@ -110,7 +110,7 @@ def switch_on(monkeypatch, *kernels):
 @pytest.mark.parametrize("kernels", [("flash",), ("cudnn", "flash")])
 @pytest.mark.parametrize("heads, dim, value_dim", [(2, 8, 8), (4, 8, 8), (4, 6, 10)])
 def test_the_same_as_with_a_mask(small, plain_kernels, monkeypatch, heads, dim, value_dim, kernels, known):
-    starts = starts_of((10, 12, 42), (37, 27), (61, 3), (7,) * 8 + (3, 5))
+    starts = starts_of((10, 12, 42), (37, 27), (61, 3), (8,) * 8)
     q, k, v = (
         torch.randn(4, count, 64, size, dtype=torch.float64)
         for count, size in ((heads, dim), (2, dim), (2, value_dim))
@@ -129,7 +129,7 @@ def test_the_same_as_with_a_mask(small, plain_kernels, monkeypatch, heads, dim, 
         torch.testing.assert_close(x, y)
     pyramid = Pyramid(length=64, levels=3, pooling=2, topk=8, quota=4)
     apart = known_documents.plan(summary, pyramid, batch=4, groups=2, most=10, cudnn="cudnn" in kernels).apart
-    assert [part.row for part in apart] == ([0, 1, 2] if known and "cudnn" in kernels else [])
+    assert apart == (known and "cudnn" in kernels)
 
 
 def test_nothing_of_another_document_is_in_a_documents_own_call(small, plain_kernels, monkeypatch):
@@ -155,10 +155,11 @@ def test_nothing_of_another_document_is_in_a_documents_own_call(small, plain_ker
 def test_opcheck(small, plain_kernels, told):
     q = torch.randn(20, 2, 8, requires_grad=True)
     k, v = torch.randn(2, 20, 1, 8, requires_grad=True).unbind()
-    segments = torch.tensor([[[0] * 8 + [8] * 2, [0] * 7 + [8] * 3]], dtype=torch.int32)
-    known = known_documents.summary(starts_of((8, 2))) if told else None
-    arguments = q, k, v, segments, known, 10, 1, 2, 8, 0, 3, 0.3, True, REVISION
-    torch.library.opcheck(sequences.attend_in_sequences, arguments)
+    segments, starts = torch.tensor([[[0] * 8 + [8] * 2, [0] * 7 + [8] * 3]], dtype=torch.int32), starts_of((8, 2))
+    known = known_documents.summary(starts) if told else None
+    longest = list(sequences.longest_of(segments, starts, 3))
+    arguments = sequences.bounds_of(segments, 8, 3), longest, known, 1, 2, 10, 1, 2, 8, 0, 3, 0.3, REVISION
+    torch.library.opcheck(sequences.attend_in_sequences, (q, k, v, *arguments))
 
 
 # --- compiled, with those kernels ---------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ def test_compiled(in_sequences, backend, options, checkpointing):
         torch._dynamo.reset()
         found = gradients(torch.compile(model, backend=backend, options=FIELDS | options, fullgraph=True), x)
     torch.testing.assert_close(found, expected)
-    assert told and all(len(plan.apart) == 2 for plan in told)
+    assert told and all(plan.apart for plan in told)
 
 
 def test_other_numbers_of_documents_need_no_other_graph(in_sequences):
@@ -242,7 +243,7 @@ def test_the_functional_form_takes_documents_from_the_cpu(in_sequences):
 @pytest.mark.parametrize("levels", [1, 3])
 def test_gpu_computes_what_the_mask_says(monkeypatch, levels, heads, dim, kernel, known):
     """Values and gradients, where cuDNN gets long documents and where it does not."""
-    monkeypatch.setattr(known_documents, "_ROWS", 0)
+    monkeypatch.setattr(known_documents, "_MOST_OF_ITS_ROW", 0.3)
     length = 4096
     starts = starts_of((3500, 596), (200, 3000, 896), (4095, 1), (64,) * 64)
     q = torch.randn(4, heads, length, dim)
@@ -264,7 +265,7 @@ def test_gpu_computes_what_the_mask_says(monkeypatch, levels, heads, dim, kernel
     grads = torch.autograd.grad(found, tensors, grad)
     told = known_documents.plan(summary, pyramid, batch=4, groups=2, most=70, cudnn=kernel == "auto" and dim <= 128)
     on_hopper = kernel == "auto" and dim <= 128 and torch.cuda.get_device_capability() >= (9, 0)
-    assert not on_hopper or len(told.apart) == (3 if known else 0)
+    assert not on_hopper or told.apart == known
     for row in range(4):  # one at a time: the mask is large
         mask = (segments[row, :, :, None] == segments[row, :, None, :]).tril().repeat_interleave(heads // 2, 0)
         expected = F.scaled_dot_product_attention(*(x[row] for x in exact), attn_mask=mask, enable_gqa=True)
@@ -282,7 +283,7 @@ def relative(x, y):
 @pytest.mark.parametrize("options", [{}, {"triton.cudagraphs": True}])
 def test_gpu_graph_serves_any_number_of_documents(monkeypatch, options):
     """Also where launches are recorded: those of attention inside documents must not be."""
-    monkeypatch.setattr(known_documents, "_ROWS", 0)
+    monkeypatch.setattr(known_documents, "_MOST_OF_ITS_ROW", 0.3)
     config = LighthouseConfig(topk=256, max_kept=1.0)
 
     def attend(q, k, v):

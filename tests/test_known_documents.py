@@ -29,8 +29,8 @@ def starts_of(*rows):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Documents of a few tokens may have a call of their own."""
-    monkeypatch.setattr(known_documents, "_ROWS", 0)
+    """Documents of a few tokens may have a call of their own, and are cut into small pieces."""
+    monkeypatch.setattr(known_documents, "_MOST_OF_ITS_ROW", 0.3)
     for module in (known_documents, sequences):
         monkeypatch.setattr(module, "PIECE", 4)
 
@@ -60,13 +60,14 @@ def test_no_selection_has_more_than_the_kernels_are_told(small, cuts, pooling, l
     segments = documents._segments(entries, starts, pyramid)
     known = known_documents.summary(starts)
     told = known_documents.plan(known, pyramid, batch=2, groups=2, most=256, cudnn=cudnn)
-    bounds = sequences.bounds_of(sequences._cut(segments, told), told.sequences, 256)
-    assert bounds[-1] == segments.numel() and bounds.diff().max() <= told.longest <= entries.shape[2]
+    longest = sequences.longest_of(segments, starts, 256)
+    bounds = longest.bounds if told.apart else sequences.bounds_of(segments, 2 * 2 * 257, 256)
+    assert bounds[told.sequences] == segments.numel()
     if not told.apart:
+        assert bounds.diff().max() <= told.longest <= entries.shape[2]
         assert told.sequences == 2 * int(known[:, 0].sum()) + 4
-    for part in told.apart:
-        count = (segments[part.row] == part.first).sum(-1)
-        assert (count > 0).all() and (count <= part.rows).all() and part.rows <= entries.shape[2]
+    own = longest.own.view(segments.shape)
+    assert torch.equal(own, segments == known[:, 1, None, None]) and (own.any(-1).all() or not told.apart)
 
 
 def test_the_bound_is_close_where_quotas_fill():
@@ -81,32 +82,33 @@ def test_the_bound_is_close_where_quotas_fill():
 
 def planned(*lengths, cudnn=True, **fields):
     pyramid = Pyramid(length=sum(lengths), **fields)
-    return known_documents.plan(
-        known_documents.summary(starts_of(lengths)), pyramid, batch=1, groups=8, most=256, cudnn=cudnn
-    )
+    known = known_documents.summary(starts_of(lengths))
+    return known_documents.plan(known, pyramid, batch=1, groups=8, most=256, cudnn=cudnn)
 
 
-def test_cudnn_gets_a_document_that_is_worth_it():
-    for lengths, expected in {
-        (98_304,): 18_432,
-        (93_000, 5_304): 18_432,
-        (5_304, 93_000): 18_432,
-        (60_000, 38_304): 12_672,
-        (8_192,) * 12: 0,
-        (512,) * 192: 0,
+def test_cudnn_gets_a_document_that_fills_most_of_its_row():
+    for lengths, apart in {
+        (98_304,): True,
+        (93_000, 5_304): True,
+        (5_304, 93_000): True,
+        (60_000, 38_304): False,
+        (8_192,) * 12: False,
+        (512,) * 192: False,
     }.items():
-        told = planned(*lengths)
-        assert [part.rows for part in told.apart] == ([expected] if expected else []), lengths
+        assert planned(*lengths).apart == apart, lengths
         assert not planned(*lengths, cudnn=False).apart
     assert planned(93_000, 5_304).longest < 18_432 * 0.4  # what is left is short
-    (dense,) = planned(1_000, 70_000, 27_304, levels=1).apart
-    assert dense.first == 1_000 and 70_000 <= dense.rows <= 74_000
+    assert planned(1_000, 90_000, 7_304, levels=1).apart and not planned(1_000, 70_000, 27_304, levels=1).apart
 
 
-def test_cudnn_gets_few_different_shapes():
-    """It makes a plan for each."""
-    found = {part.rows for first in range(1_000, 90_000, 4_999) for part in planned(first, 98_304 - first).apart}
-    assert 4 <= len(found) <= 16
+def test_the_cpu_and_the_gpu_agree_on_the_longest():
+    """The first of those that are equally long."""
+    for lengths in ((5, 9, 9, 1, 9), (3, 3, 3, 3), (1, 2, 3), (6,)):
+        starts = starts_of(lengths)
+        first = sum(lengths[: lengths.index(max(lengths))])
+        assert known_documents.summary(starts)[0, 1] == first
+        begins, tokens = known_documents.unpacked(known_documents.by_length(starts).amax(-1), starts.shape[1])
+        assert (begins.item(), tokens.item()) == (first, max(lengths))
 
 
 def test_where_only_the_gpu_knows_it_is_the_most_there_can_be():
@@ -118,7 +120,6 @@ def test_where_only_the_gpu_knows_it_is_the_most_there_can_be():
 
 def test_more_documents_than_the_configuration_allows():
     pyramid = Pyramid(length=9, levels=1, topk=8)
+    known = known_documents.summary(starts_of((1,) * 9))
     with pytest.raises(ValueError, match=r"9 documents in a row: there are more than max_documents=8.*larger max_documents"):
-        known_documents.plan(
-            known_documents.summary(starts_of((1,) * 9)), pyramid, batch=1, groups=1, most=8, cudnn=False
-        )
+        known_documents.plan(known, pyramid, batch=1, groups=1, most=8, cudnn=False)
