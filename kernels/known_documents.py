@@ -11,6 +11,7 @@ call of cuDNN's attention on as many rows as there are: those behind its own con
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,7 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
     return Plan(sequences, min(gathered, max(*entries, divided, 1)), apart)
 
 
+@lru_cache(maxsize=1024)  # all layers ask, forward and backward
 def entries_at_most(first: int, tokens: int, pyramid: Pyramid) -> int:
     """At most how many entries a document has: of each tile no more than the tile, nor than windows that fit into it."""
     begin, end = first, first + tokens
