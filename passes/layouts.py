@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -18,10 +19,14 @@ def shown(node: fx.Node, steps: Steps, before: fx.Node, views: list[fx.Node]) ->
         value = getattr(fake(node), method)(*arguments)
         with before.graph.inserting_before(before):
             node = before.graph.call_method(method, (node, *arguments))
-        node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
-        node.meta["example_value"] = value
+        node.meta = {**place_of(before), "example_value": value}
         views.append(node)
     return node
+
+
+def place_of(node: fx.Node) -> dict[str, Any]:
+    """Where a node stands in the user's modules and source, for the metadata of another put beside it."""
+    return {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
 
 
 def only_output(node: fx.Node) -> fx.Node | None:

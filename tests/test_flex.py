@@ -8,7 +8,14 @@ import pytest
 import torch
 from small_models import CONFIG, FIELDS
 from test_passes import B, D, G, H, N
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+    or_masks,
+)
 
 import lighthouse_fx
 from lighthouse_fx.documents import prepared, supplied
@@ -152,6 +159,65 @@ def test_documents(order):
         call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
 
 
+TABLE = torch.arange(N)
+NUMBER = numbered(1)[0]
+BEGINS = torch.tensor([0, 24, 48, N, N, N])  # of each document, and more that nobody reads
+FIRST = BEGINS[numbered()]  # of each token's document
+LAST = (FIRST + 23).clamp(max=N - 1)
+ROW = LAST[0].int()
+READ = {
+    "torchtitan's for one row": lambda b, h, i, j: j >= BEGINS[NUMBER[i]],
+    "torchtitan's for more rows": lambda b, h, i, j: i <= LAST[b, j],
+    "firsts": lambda b, h, i, j: FIRST[b, i] <= j,
+    "lasts of a row": lambda b, h, i, j: ROW[j] >= i,
+    "numbers of a row": lambda b, h, i, j: NUMBER[i] == NUMBER[j],
+    "numbers of numbers": lambda b, h, i, j: BEGINS[NUMBER[j]] == BEGINS[NUMBER[i]],
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_documents_read_from_tables(case):
+    numbers, inside = numbered(), and_masks(causal, READ[case])
+    shown = create_mask(inside, B, None, N, N, device="cpu")[:, 0]
+    assert torch.equal(shown, (numbers[:, :, None] == numbers[:, None]).tril())
+    mask = create_block_mask(inside, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG),
+    )
+
+
+NO_BORDERS = {
+    "a window": (TABLE - 8).clamp(min=0),
+    "a document in two pieces": torch.where(TABLE < 40, FIRST[0], 0),
+    "not the first": FIRST[0] + TABLE.clamp(max=1),
+    "later than the token": FIRST[0] + 24,
+    "before the row": FIRST[0] - 1,
+}
+
+
+@pytest.mark.parametrize("case", NO_BORDERS)
+@pytest.mark.parametrize("holds", ["first", "last"])
+def test_tables_that_hold_no_borders_of_documents_raise(case, holds):
+    """In one row of two."""
+    table = NO_BORDERS[case] if holds == "first" else N - 1 - NO_BORDERS[case].flip(0)
+    table = torch.stack([torch.zeros_like(table) if holds == "first" else torch.full_like(table, N - 1), table])
+    reads = {"first": lambda b, h, i, j: j >= table[b, i], "last": lambda b, h, i, j: i <= table[b, j]}[holds]
+    mask = create_block_mask(and_masks(causal, reads), B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    with pytest.raises(RuntimeError, match=f"the {holds} token of each token's document is not that.*dense_layers"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
+def test_tables_of_numbers_that_fall_raise():
+    numbers = numbered()
+    mask = create_block_mask(
+        and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j]), B, None, N, N, device="cpu"
+    )
+    numbers[1, 50:] = 0
+    with pytest.raises(RuntimeError, match="numbers of documents fall"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
 def test_documents_of_lists_that_know_of_none():
     """Lists that show more than mask_mod are right as long as no block is full; the causal mask's are not."""
     numbers = numbered()
@@ -254,7 +320,8 @@ def test_blocks_that_are_written_to_are_not_proved():
     assert "changed in place" in call.refusal.reason
 
 
-TABLE = torch.arange(N)
+HALF = FIRST[0] / 2
+SQUARE, LONGER, MORE = torch.zeros(N, N, dtype=torch.int32), numbered().repeat(1, 2), numbered(2 * B)
 OTHER = {
     "window": (and_masks(causal, lambda b, h, i, j: i - j < 9), "sliding window"),
     "prefix": (or_masks(causal, lambda b, h, i, j: j < 9), "not proved"),
@@ -266,6 +333,20 @@ OTHER = {
     "numbers of another row": (
         lambda b, h, i, j: (i >= j) & (TABLE.expand(B, N)[b, i] == TABLE.expand(B, N)[0, j]), "not proved"
     ),
+    "firsts of keys": (lambda b, h, i, j: (i >= j) & (j >= FIRST[b, j]), "depends on the input"),
+    "firsts, not by keys": (lambda b, h, i, j: (i >= j) & (i >= FIRST[b, i]), "depends on the input"),
+    "lasts of queries": (lambda b, h, i, j: (i >= j) & (j <= LAST[b, i]), "depends on the input"),
+    "firsts that are not causal": (lambda b, h, i, j: j >= FIRST[b, i], "neither causal"),
+    "lasts that are not causal": (lambda b, h, i, j: i <= LAST[b, j], "neither causal"),
+    "more than a first": (lambda b, h, i, j: (i >= j) & (j > FIRST[b, i]), "depends on the input"),
+    "two tables": (lambda b, h, i, j: (i >= j) & (NUMBER[i] == ROW[j]), "depends on the input"),
+    "firsts and lasts": (lambda b, h, i, j: (i >= j) & (j >= FIRST[b, i]) & (i <= LAST[b, j]), "two kinds of documents"),
+    "a table read by keys and queries": (lambda b, h, i, j: (i >= j) & (j >= SQUARE[i, j]), "depends on the input"),
+    "a table by batch and number": (lambda b, h, i, j: (i >= j) & (i <= LAST[b, NUMBER[i]]), "depends on the input"),
+    "a table with more than a token reads": (lambda b, h, i, j: (i >= j) & (j >= BEGINS[NUMBER[i] + 1]), "depends on"),
+    "fractions": (lambda b, h, i, j: (i >= j) & (j >= HALF[i]), "depends on the input"),
+    "a longer table": (lambda b, h, i, j: (i >= j) & (LONGER[b, i] == LONGER[b, j]), "documents are of [2, 128]"),
+    "a table of more rows": (lambda b, h, i, j: (i >= j) & (MORE[b, i] == MORE[b, j]), "documents are of [4, 64]"),
 }  # fmt: skip
 
 
