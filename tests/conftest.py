@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
+
+sys.path.append(str(Path(sys.prefix) / "frameworks"))  # litgpt and torchtitan, which `make` puts there: frameworks.txt
 
 from lighthouse_fx import journal, stage
 from lighthouse_fx.kernels import dispatch
