@@ -245,6 +245,42 @@ def test_documents_given_from_outside():
     torch.testing.assert_close(found[0], expected)
 
 
+def test_norms_before_it_are_seen():
+    """Of queries and keys that all are of one length, the `norm` scorer reads what they were before."""
+    mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def function(q, k, v):
+        q, k = (torch.nn.functional.rms_norm(x, (D,)) for x in (q, k))
+        return flex_attention(q, k, v, block_mask=mask)
+
+    q, k, v = qkv()
+    gm, call = call_of(function, q, k, v)
+    assert call.scored == "query and key before their norms"
+    expected = lighthouse_fx.lighthouse_attention(
+        *(torch.nn.functional.rms_norm(x, (D,)) for x in (q, k)),
+        v, is_causal=True, config=CONFIG, score_query=q, score_key=k,
+    )  # fmt: skip
+    torch.testing.assert_close(gm(*gm.meta["inputs"])[0], expected)
+
+
+def test_a_mask_mod_that_writes_hides_norms():
+    """What holds one may write to all its arguments, and the second attention reads them later."""
+
+    def function(q, k, v):
+        q, k = (torch.nn.functional.rms_norm(x, (D,)) for x in (q, k))
+
+        def mask_mod(b, h, i, j):
+            k.mul_(2)
+            return i >= j
+
+        return flex_attention(q, k, v, block_mask=blocks(mask_mod)) + flex_attention(q, k, v)
+
+    gm, _ = flexed(function, *qkv())
+    writing, clean = gm.meta[CALLS]
+    assert "depends on mul_" in writing.refusal.reason
+    assert clean.refusal is None and clean.scored == ""
+
+
 def test_full_attention_given_lists_is_left():
     mask = blocks(lambda b, h, i, j: i >= i)
     _, call = call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
