@@ -94,7 +94,7 @@ def repeated_blocks(model: nn.Module) -> nn.ModuleList | nn.ModuleDict:
     ]
     if not lists:
         raise ValueError(
-            f"model={type(model).__name__} has no ModuleList of equal blocks, nor a ModuleDict of numbered ones: "
+            f"model={type(model).__name__} has no ModuleList of equal blocks: "
             "use torch.compile(model, backend='lighthouse') on it as a whole"
         )
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))

@@ -1,4 +1,4 @@
-"""torchtitan 0.3's own models: their FlexAttention, block-causal over documents, and the override that makes it causal SDPA.
+"""torchtitan 0.3's own models: their FlexAttention, block-causal over documents, and the overrides for its compile call.
 
 On a CPU flex_attention does not train, so Dynamo traces a block here without gradients, and what comes of its parameters is
 then declared to need them.
@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import CONFIG, passes_only
 from test_models import Functional
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lighthouse_fx
 from lighthouse_fx import journal
@@ -149,18 +149,23 @@ def test_positions_that_begin_in_the_middle_of_a_document_raise():
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_it():
-    model = model_of(config_of("llama3")).bfloat16().cuda()
+@pytest.mark.parametrize("override", [False, True])
+def test_a_gpu_trains_it(override):
+    config = config_of("llama3")
+    model = model_of(overridden(config, "documents") if override else config).bfloat16().cuda()
     positions = packed(3)[0].cuda()
-    lighthouse_fx.compile(model, CONFIG, dense_layers=(0,))
+    if override:
+        compiled_by_torchtitan(model)
+    else:
+        lighthouse_fx.compile(model, CONFIG, dense_layers=(0,))
     tokens = torch.randint(VOCABULARY, positions.shape, device="cuda")
-    with journal.watch() as calls:
+    with lighthouse_fx.pretraining(CONFIG), journal.watch() as calls:
         model(tokens, positions, model.get_attention_masks(positions)).float().logsumexp(-1).mean().backward()
-    assert [call.rewritten for call in calls] == [False, True]
+    assert [call.rewritten for call in calls] == [override, True]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-# --- the override -----------------------------------------------------------------------------------------------------
+# --- the overrides ----------------------------------------------------------------------------------------------------
 
 
 def overridden(config, name="causal_attention"):
@@ -170,11 +175,41 @@ def overridden(config, name="causal_attention"):
     return config
 
 
-def test_with_the_override_it_is_the_functional_form():
+def compiled_by_torchtitan(model, backend="lighthouse"):
     from torchtitan.config import CompileConfig
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed.compile import apply_compile
 
+    one = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
+    apply_compile(model, compile_config=CompileConfig(enable=True, backend=backend), parallel_dims=one)
+
+
+def test_it_compiles_its_own_attention_with_the_backend_under_another_class(monkeypatch):
+    from torchtitan.models.common.attention import FlexAttention
+
+    monkeypatch.setattr(FlexAttention, "_compiled_flex_attn", staticmethod(flex_attention))
+    positions, _ = packed(3)
+    with pytest.raises(ValueError, match="neither 'inductor' nor 'aot_eager'"):
+        compiled_by_torchtitan(model_of(config_of("llama3")))
+    model, own = model_of(overridden(config_of("llama3"), "documents")), model_of(config_of("llama3"))
+    call, *_ = traced(model, positions)
+    assert call.refusal is None and call.documents is not None
+
+    compiled_by_torchtitan(model, passes_only)
+    tokens = torch.randint(VOCABULARY, positions.shape)
+    with torch.no_grad(), lighthouse_fx.pretraining(CONFIG), journal.watch() as calls:
+        found, expected = (m(tokens, positions, m.get_attention_masks(positions)) for m in (model, own))
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == LAYERS and all("gradients" in call.reason for call in calls)
+
+
+def test_its_own_attention_of_other_models_is_the_same_under_another_class():
+    config = overridden(config_of("gpt_oss", moe_comm_backend="standard"), "documents")
+    call, *_ = traced(model_of(config), packed(3)[0])
+    assert "log-sum-exp" in call.refusal.reason
+
+
+def test_with_causal_attention_it_is_the_functional_form():
     def step(model):
         loss = model(tokens).square().mean()
         return loss, torch.autograd.grad(loss, list(model.parameters()))
@@ -185,8 +220,7 @@ def test_with_the_override_it_is_the_functional_form():
         expected = step(model)
     assert oracle.seen == LAYERS
     dense = step(model)
-    one = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
-    apply_compile(model, compile_config=CompileConfig(enable=True, backend=passes_only), parallel_dims=one)
+    compiled_by_torchtitan(model, passes_only)
     with lighthouse_fx.pretraining(CONFIG), journal.watch() as calls:
         torch.testing.assert_close(step(model), expected, **TOLERANCE)
     assert [call.rewritten for call in calls] == [True] * LAYERS
