@@ -41,10 +41,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Where they cannot be had, their tests skip; the next call tries again.
+# Where they cannot be had, their tests skip, and the next call tries again. What is had has to work.
 $(FRAMEWORKS): frameworks.txt | $(STAMP)
-	@$(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) -r $< && touch $@ || \
-	  echo 'litgpt and torchtitan (frameworks.txt) could not be installed: the tests that train with them skip' >&2
+	@if $(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<; then \
+	  PYTHONPATH=$(@D) $(PY) -c 'import litgpt.pretrain, torchtitan.models.llama3' && touch $@; \
+	else echo 'litgpt and torchtitan (frameworks.txt) could not be installed: the tests that train with them skip' >&2; fi
 else
 $(STAMP): pyproject.toml
 	@$(PY) -c 'import torch, networkx, rich' || { \

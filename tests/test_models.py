@@ -55,7 +55,7 @@ class Step:
 
 
 def model_and_inputs(name):
-    pytest.importorskip(MODELS[name].package)
+    pytest.importorskip(MODELS[name].package, reason=f"{MODELS[name].package} is not installed")
     torch.manual_seed(0)
     return MODELS[name].build().double().train(), MODELS[name].inputs()
 
