@@ -26,7 +26,7 @@ from .call import AttentionCall, add_calls, fake
 from .document_tables import Tables, numbers_of, tables_of
 from .elements import ORIGIN, Elements, is_one, operation_name
 from .find import module_path, source_line
-from .layouts import only_output
+from .layouts import only_output, unused_outputs
 from .operations import OPERATIONS, is_interpreted
 from .products import Unclear, is_number
 from .regions import Region, regions
@@ -56,7 +56,8 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
     try:
         query, key, value, score_mod, block_mask, scale, _, _, captured = node.args
         call = replace(call, query=query, key=key, value=value)
-        out = only_output(node)
+        unused = unused_outputs(node)
+        out = only_output(node, unused)
         if out is None:
             raise Unclear("flex_attention also returns the log-sum-exp of its scores", "call it without return_lse")
         _check_score_mod(_body(region, score_mod))
@@ -70,13 +71,13 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         if not is_number(scale) or not scale > 0:  # type: ignore[operator]
             raise Unclear(f"flex_attention's scale is {scale}", "give a positive Python number")
         heads = [tensor.shape[1] for x in (query, key) if (tensor := fake(x)) is not None]
-        functions: list[Any] = [score_mod, block_mask[-1]]  # type: ignore[index]
+        parts: list[Any] = [*unused, node, score_mod, block_mask[-1]]  # type: ignore[index]
         return replace(
             call,
             node=out,
             scale=scale,
             enable_gqa=heads[0] is not heads[1] and heads[0] != heads[1],
-            own_nodes=tuple((x, region) for x in (node, *functions)),
+            own_nodes=tuple((x, region) for x in parts),
         )
     except Unclear as why:
         return call.refuse(why.reason, why.remedy or _KEEP)

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import (
     flex_attention,
     or_masks,
 )
+from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
 from lighthouse_fx.documents import prepared, supplied
@@ -36,6 +37,16 @@ def qkv(groups=H, dtype=torch.float32):
     return [torch.randn(B, h, N, D, dtype=dtype) for h in (H, groups, groups)]
 
 
+def declare_gradients(gm):
+    """As if the graph had been traced with gradients."""
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            value = node.meta.get("example_value")
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, torch.Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+
+
 def flexed(function, *tensors):
     """Dynamo's graph after the passes, as it would be of tensors that need gradients; and as it was before."""
     graphs = []
@@ -43,11 +54,7 @@ def flexed(function, *tensors):
     def backend(gm, example_inputs):
         gm = prepared(gm)
         before = str(gm.graph)
-        for node in gm.graph.nodes:
-            value = node.meta.get("example_value")
-            for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, torch.Tensor) and x.is_floating_point():
-                    x.requires_grad_()
+        declare_gradients(gm)
         graphs.append((run_passes(gm, example_inputs, config=CONFIG), before))
 
         def run(*inputs):
@@ -185,6 +192,39 @@ def test_documents_read_from_tables(case):
         lambda q, k, v: flex_attention(q, k, v, block_mask=mask),
         lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG),
     )
+
+
+def test_documents_inside_a_checkpoint():
+    """torchtitan's default. There Dynamo keeps the outputs of flex_attention that nobody uses."""
+    mask = create_block_mask(and_masks(causal, READ["firsts"]), B, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def part(q, k, v):
+        return flex_attention(q, k, v, block_mask=mask) * 2
+
+    gm, call = call_of(lambda q, k, v: checkpoint(part, q, k, v, use_reentrant=False), *(tensors := qkv()))
+    assert call.refusal is None
+    assert not any("flex_attention" in str(node.target) for node in gm.wrap_body_0.graph.nodes)
+    expected = lighthouse_fx.lighthouse_attention(*tensors, is_causal=True, documents=numbered(), config=CONFIG)
+    torch.testing.assert_close(gm(*gm.meta["inputs"])[0], expected * 2)
+
+
+def test_documents_of_other_lengths_need_one_more_graph():
+    graphs = []
+
+    def backend(gm, example_inputs):
+        declare_gradients(gm)
+        graphs.append(gm)
+        return run_passes(gm, example_inputs, config=CONFIG)
+
+    run = torch.compile(lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask), backend=backend)
+    for length in (N, N + 16, N + 32):
+        last = (torch.arange(length) // 24 * 24 + 23).clamp(max=length - 1).expand(B, length).contiguous()
+        inside = and_masks(causal, lambda b, h, i, j, last=last: i <= last[b, j])
+        mask = create_block_mask(inside, B, None, length, length, device="cpu", BLOCK_SIZE=16)
+        q, k, v = (torch.randn(B, H, length, D) for _ in range(3))
+        expected = lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=last, config=CONFIG)
+        torch.testing.assert_close(run(q, k, v, mask), expected)
+    assert len(graphs) == 2
 
 
 NO_BORDERS = {
@@ -424,9 +464,15 @@ def test_without_gradients_the_users_graph_runs():
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_with_it():
-    numbers = numbered().cuda()
-    inside = and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j])
+@pytest.mark.parametrize("spelled", ["numbers", "torchtitan's for one row", "torchtitan's for more rows"])
+def test_a_gpu_trains_with_it(spelled):
+    numbers, number, begins, last = numbered().cuda(), NUMBER.cuda(), BEGINS.cuda(), LAST.cuda()
+    spellings = {
+        "numbers": lambda b, h, i, j: numbers[b, i] == numbers[b, j],
+        "torchtitan's for one row": lambda b, h, i, j: j >= begins[number[i]],
+        "torchtitan's for more rows": lambda b, h, i, j: i <= last[b, j],
+    }
+    inside = and_masks(causal, spellings[spelled])
     mask = create_block_mask(inside, B, None, N, N, device="cuda", BLOCK_SIZE=16)
     tensors = [x.cuda().bfloat16().requires_grad_() for x in qkv()]
     run = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend="lighthouse", options=FIELDS)
