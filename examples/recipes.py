@@ -4,8 +4,9 @@
     python examples/recipes.py --list
 
 Every recipe starts from the same weights and sees the same tokens and learning rates in the same order; they differ in one
-thing each. Validation is always under dense attention. A run writes a checkpoint and goes on from it when started again.
-Results: a JSON file per recipe in --out, then a table and a picture of all that are there.
+thing each. `--schedule wsd` holds the learning rate until the last fifth of the steps, for all of them. Validation is always
+under dense attention. A run writes a checkpoint and goes on from it when started again. Results: a JSON file per recipe in
+--out, then a table, a picture and `recipes.json` of all that are there.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ def two_stages(share: float, **fields: Any) -> tuple[Phase, ...]:
 
 
 _K1024 = Recipe(phases=two_stages(0.625, topk=1024), about="5/8 of the steps under Lighthouse, k=1,024")
+
+
+def wide(share: float, *, topk: int = 2048, pooling: int = 4) -> tuple[Phase, ...]:
+    """Two levels: more of the tokens are entries of their own than with three."""
+    return two_stages(share, levels=2, topk=topk, pooling=pooling)
+
+
+_WIDE = Recipe(phases=wide(0.625), about="two levels, k=2,048: half of the tokens")
 RECIPES = {
     "dense": Recipe(phases=((1.0, None),), about="dense attention throughout"),
     "k1024": _K1024,
@@ -83,6 +92,25 @@ RECIPES = {
     ),
     "k1024-2-levels": replace(_K1024, phases=two_stages(0.625, topk=1024, levels=2), about="two levels, k=1,024"),
     "k1536-p2": replace(_K1024, phases=two_stages(0.625, topk=1536, pooling=2), about="pooling 2, k=1,536"),
+    "k2048-2-levels": _WIDE,
+    "k2048-2-levels-half": replace(_WIDE, phases=wide(0.5), about="the same for half of the steps"),
+    "k2048-2-levels-quarter": replace(_WIDE, phases=wide(0.25), about="the same for a quarter of the steps"),
+    "k1024-p8": replace(_WIDE, phases=wide(0.625, topk=1024, pooling=8), about="two levels, pooling 8: half of the tokens"),
+    "k512-p16": replace(_WIDE, phases=wide(0.625, topk=512, pooling=16), about="two levels, pooling 16: half of the tokens"),
+    "k512-p16-half": replace(_WIDE, phases=wide(0.5, topk=512, pooling=16), about="the same for half of the steps"),
+    "k512-p16-quarter": replace(_WIDE, phases=wide(0.25, topk=512, pooling=16), about="the same for a quarter of the steps"),
+    "k2048-p8-half": replace(_WIDE, phases=wide(0.5, topk=2048, pooling=8), about="pooling 8, k=2,048, half of the steps"),
+    "k4096-p8-half": replace(_WIDE, phases=wide(0.5, topk=4096, pooling=8), about="pooling 8, k=4,096, half of the steps"),
+    "k256-p32": replace(_WIDE, phases=wide(0.625, topk=256, pooling=32), about="two levels, pooling 32: half of the tokens"),
+    "k768-p16": replace(
+        _WIDE, phases=wide(0.625, topk=768, pooling=16), about="two levels, pooling 16: three quarters of the tokens"
+    ),
+    "k1024-alternate": replace(_K1024, dense_layers=(0, 2, 5, 7), about="k1024, every second layer dense"),
+    "k1024-dense-first": replace(
+        _K1024,
+        phases=((0.2, None), (0.425, LighthouseConfig(topk=1024, max_kept=1.0)), (0.375, None)),
+        about="a fifth of the steps dense, then as k1024",
+    ),
     "growing-k": replace(
         _K1024,
         phases=(
@@ -110,6 +138,7 @@ def flags() -> argparse.Namespace:
     add("--mlp", type=int, default=1536)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=100)
+    add("--schedule", choices=("cosine", "wsd"), default="cosine", help="of the learning rate, to a tenth (wsd: to none)")
     add("--validate-every", type=int, default=200)
     add("--validation-windows", type=int, default=16)
     add("--save-every", type=int, default=400, help="steps between checkpoints")
@@ -134,7 +163,10 @@ def boundaries(recipe: Recipe, steps: int) -> list[tuple[int, LighthouseConfig |
 
 
 def rate(args: argparse.Namespace, recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine to a tenth: over all steps, or over those of each stage."""
+    """Linear warm-up, then a cosine to a tenth, over all steps or those of each stage; or wsd, level until the last fifth."""
+    if args.schedule == "wsd":
+        left = (args.steps - step) / (0.2 * args.steps)
+        return float(args.lr * min(1.0, (step + 1) / args.warmup, left))
     ends = [end for end, _ in boundaries(recipe, args.steps)]
     first = ends[-2] if recipe.restart and step >= ends[-2] else 0
     done = max(0, step - first - args.warmup) / max(1, args.steps - first - args.warmup)
@@ -187,6 +219,18 @@ def rescale(
     return scaled.factors
 
 
+@torch.no_grad()
+def loss_of_repeats(model: nn.Module, windows: Tensor, batch: int) -> float:
+    """The dense loss where a window's second half repeats its first: what was read half a context ago, is it found again?"""
+    half = windows.shape[1] // 2
+    repeated = torch.cat([windows[:, :half], windows[:, :half]], 1)  # [W, N]
+    losses = []
+    for rows in repeated.split(batch):
+        logits = model(rows[:, :-1]).logits[:, half:].float()  # [B, N / 2 - 1, 256]
+        losses.append(F.cross_entropy(logits.flatten(0, 1), rows[:, half + 1 :].flatten()).item())
+    return fmean(losses)
+
+
 def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -> dict[str, Any]:
     """Run one recipe, or what is left of it."""
     recipe = RECIPES[name]
@@ -230,6 +274,7 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
     task = Passkey(lengths=(args.seq_len // 4, args.seq_len // 2, args.seq_len), batch=args.batch)
     with torch.compiler.set_stance("force_eager"):  # dense, and no graph for each length
         retrieval = find_passkeys(model.eval(), task, device=validation.device)
+        repeats = loss_of_repeats(model, validation[:8], args.batch)
     # The median of each phase, so that compilation is left out.
     typical, first = 0.0, 0
     for end, _ in ends:
@@ -242,7 +287,16 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
         "final": list(result["validation"].values())[-1],
         "retrieval": {"lengths": task.lengths, "depths": retrieval.depths, "found": retrieval.found},
         "passkeys": retrieval.accuracy,
+        "repeats": repeats,
     }
+
+
+def in_short(result: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping: the losses and times of single steps make way for a mean of each hundred."""
+    losses = result["losses"]
+    means = [round(fmean(losses[first : first + 100]), 4) for first in range(0, len(losses), 100)]
+    kept = {name: value for name, value in result.items() if name not in ("losses", "seconds")}
+    return kept | {"training_loss_every_100": means}
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -250,7 +304,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     shown = Table(title="Dense validation loss, nats per byte", title_justify="left")
     for column in ("recipe", "what"):
         shown.add_column(column)
-    for column in ("at the switch", "final", "over dense", "training s", "speed over dense", "passkeys"):
+    for column in ("at the switch", "final", "over dense", "training s", "speed over dense", "repeats", "passkeys"):
         shown.add_column(column, justify="right")
     for r in results:
         switch = r.get("switch_loss")
@@ -262,6 +316,7 @@ def table(results: list[dict[str, Any]]) -> Table:
             f"{r['final'] - dense['final']:+.3f}" if dense else "-",
             f"{r['train_seconds']:.0f}",
             f"{dense['train_seconds'] / r['train_seconds']:.2f}x" if dense else "-",
+            f"{r['repeats']:.3f}" if "repeats" in r else "-",
             f"{r['passkeys']:.0%}" if "passkeys" in r else "-",
         )
     return shown
@@ -318,8 +373,10 @@ def main() -> int:
             result["switch_loss"] = result["validation"].get(ends[-2][0]) if len(ends) > 1 else None
             (args.out / f"{name}.json").write_text(json.dumps(about | result), encoding="utf-8")
             console.print(f"{name}: final {result['final']:.4f}, {result['wall_seconds']:.0f} s")
-    results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+    paths = [args.out / f"{name}.json" for name in RECIPES]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
     if results:
+        (args.out / "recipes.json").write_text(json.dumps([in_short(r) for r in results], indent=1) + "\n", encoding="utf-8")
         console.print(table(results))
         save_picture(results, args.out / "recipes.png", f"{results[0]['device']}: dense validation loss of each recipe")
     return 0

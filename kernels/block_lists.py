@@ -61,7 +61,11 @@ def check_blocks(
         right = right & full_right
     wrong = (shown & (listed + full != 1)) | ((full != 0) & ~whole)  # [B or 1, H or 1, rows, columns]
     if count.device.type == "cuda":
-        assert_async(right & ~wrong.any(), _message(call, "has lists of blocks that are not those of its mask_mod"))
+        assert_async(
+            right & ~wrong.any(),
+            f"the block_mask of {call} lists other blocks than its causal mask_mod shows: make it with create_block_mask of "
+            "this mask_mod, of documents numbered in order",
+        )
     elif not right:
         raise ValueError(_message(call, "lists more blocks than there are"))
     elif wrong.any():

@@ -22,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
+from .inner import resolved
+from .revision import REVISION
+from .sequences import WIDEST, attend_in_sequences, bounds_of
 from .torch_private import assert_async, flash_attention_forward
 
-_ALIGNED = 8  # FlashAttention takes head dimensions that are multiples of it
+_ALIGNED = 8  # the kernels take head dimensions that are multiples of it
 
 
 def starts_of(numbers: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ def _segments(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
 _library = torch.library.Library("lighthouse_fx", "FRAGMENT")
 _library.define(
     "attention_in_documents(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor starts, int levels, int pooling, "
-    "float dropout_p, float? scale, bool enable_gqa, int most, str kernel) -> Tensor"
+    "int topk, int quota, float dropout_p, float? scale, bool enable_gqa, int most, str kernel, Tensor? known=None) -> Tensor"
 )
 _library.define("document_starts(Tensor numbers) -> Tensor")
 _library.define("document_numbers(Tensor query, Tensor[] tables, str holds) -> Tensor")
@@ -132,18 +135,34 @@ _library.impl("document_numbers", _numbers, "CompositeImplicitAutograd")
 
 def document_problem(query: Tensor, value: Tensor, kernel: str) -> str | None:
     """Why attention cannot be kept inside documents on this device, with the remedy, or None."""
-    if query.device.type != "cuda":
+    if not in_sequences(query.device):
         return None
-    if kernel not in ("auto", "flash"):
-        return f"kernel={kernel!r} cannot keep attention inside documents: use kernel='auto' or 'flash'"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return (
             f"attention inside documents takes bfloat16 or float16 on a GPU, and query has dtype {query.dtype}: use "
             "torch.autocast, or a model of such a type"
         )
-    if max(query.shape[-1], value.shape[-1]) > 256:
-        return "attention inside documents takes head dimensions up to 256"
+    if (width := max(query.shape[-1], value.shape[-1])) > WIDEST["flash"]:
+        return f"attention inside documents takes head dimensions up to {WIDEST['flash']}"
+    if not _able(kernel, query.device, width):
+        return (
+            f"kernel={kernel!r} cannot keep attention inside documents: use kernel='auto' or 'flash', and leave "
+            "FlashAttention switched on (torch.backends.cuda.enable_flash_sdp)"
+        )
     return None
+
+
+def in_sequences(device: torch.device) -> bool:
+    """Whether attention goes sequence by sequence on a device; elsewhere by a mask."""
+    return device.type == "cuda"
+
+
+def _able(kernel: str, device: torch.device, width: int) -> list[str]:
+    """Kernels that `kernel` allows and attention inside documents can use: "flash", and "cudnn" where that is faster."""
+    names = resolved(device, kernel).split(",")
+    if "flash" not in names or width > WIDEST["flash"]:
+        return []
+    return [name for name in names[: names.index("flash") + 1] if name in WIDEST and width <= WIDEST[name]]
 
 
 def _attention(
@@ -154,61 +173,50 @@ def _attention(
     starts: Tensor,
     levels: int,
     pooling: int,
+    topk: int,
+    quota: int,
     dropout_p: float,
     scale: float | None,
     enable_gqa: bool,
     most: int,
     kernel: str,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention on the entries of each document: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`."""
+    """Causal attention on the entries of each document: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`.
+
+    Args:
+        quota: 0 for the default; known: what the CPU knows of the documents, see `known_documents.plan`.
+    """
     if (problem := document_problem(query, value, kernel)) is not None:
         raise ValueError(problem)
     pyramid = Pyramid(length=starts.shape[-1], levels=levels, pooling=pooling, topk=1)
     segments = _segments(entries, starts, pyramid)
-    if query.device.type == "cuda":
-        return _varlen(query, key, value, segments, dropout_p, scale, most)
-    mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
-    mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, dropout_p: float, scale: float | None, most: int
-) -> Tensor:
-    """FlashAttention on sequences of different lengths: the entries of one document, batch row and key/value head are one."""
+    if not in_sequences(query.device):
+        mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
+        mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa
+        )
     batch, groups, gathered = segments.shape
     heads, dim, wanted = query.shape[1], query.shape[3], value.shape[3]
-    bounds = _bounds(segments, most)
+    scale = dim**-0.5 if scale is None else scale
     width = -(-max(dim, wanted) // _ALIGNED) * _ALIGNED
-    query, key, value = (
-        F.pad(x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2), (0, width - x.shape[3]))
-        for x in (query, key, value)
-    )  # [B * G * S, H / G, width] and [B * G * S, 1, width]
-    out = flash_attention_forward(
-        query, key, value, bounds, bounds, gathered, gathered, dropout_p, True, False,
-        scale=dim**-0.5 if scale is None else scale,
-    )[0]  # fmt: skip
+    rows = [x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 2).contiguous() for x in (query, key, value)]
+    if dim != width or wanted != width:
+        rows = [F.pad(x, (0, width - x.shape[2])) for x in rows]  # [B * G * S, H / G, width] and [B * G * S, 1, width]
+    if dropout_p:  # the op knows no dropout
+        bounds = bounds_of(segments, batch * groups * (most + 1), most)
+        out = flash_attention_forward(
+            *rows, bounds, bounds, gathered, gathered, dropout_p, True, False, scale=scale
+        )[0]
+    else:
+        cudnn = "cudnn" in _able(kernel, query.device, width)
+        out, _ = attend_in_sequences(
+            *rows, segments, known, pyramid.length, levels, pooling, topk, quota, most, scale, cudnn, REVISION
+        )
     out = out.unflatten(0, (batch, groups, gathered)).transpose(2, 3)
     result: Tensor = out.reshape(batch, heads, gathered, width)[..., :wanted]
     return result
-
-
-def _bounds(segments: Tensor, most: int) -> Tensor:
-    """Where each run of equal segments begins in `[B * G * S]`, then the end, repeated: int32 `[B * G * (most + 1) + 1]`."""
-    batch, groups, gathered = segments.shape
-    sequences, total = batch * groups * (most + 1), batch * groups * gathered  # one more for the divided windows
-    begins = F.pad(segments[..., 1:] != segments[..., :-1], (1, 0), value=True).flatten()
-    number = begins.int().cumsum(0)
-    assert_async(
-        number[-1] <= sequences,
-        f"there are more than max_documents={most} documents in a row: give a larger max_documents in the config",
-    )
-    place = torch.arange(total, dtype=torch.int32, device=segments.device)
-    beyond = sequences + 1  # what begins nothing is written there, and cut off
-    bounds = place.new_full((sequences + 2,), total)
-    return bounds.scatter(0, torch.where(begins, number - 1, beyond).clamp(max=beyond), place)[:-1]
 
 
 _library.impl("attention_in_documents", _attention, "CompositeImplicitAutograd")

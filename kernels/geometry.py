@@ -96,6 +96,10 @@ class Pyramid:
         in_tiles = (self.tiles - larger_tiles) * self._children(smaller) + larger_tiles * self._children(smaller + 1)
         return self.coarse + tail + in_tiles
 
+    def of_tile(self, windows: int) -> int:
+        """Entries in a tile of so many coarsest windows."""
+        return windows + self._children(windows)
+
     def _children(self, candidates: int) -> int:
         """Entries below the coarsest level in a tile of so many coarsest windows."""
         children = 0

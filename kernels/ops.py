@@ -256,6 +256,7 @@ def attend(
     kernel: str = "auto",
     starts: Tensor | None = None,
     max_documents: int = 256,
+    known: Tensor | None = None,
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
 ) -> Tensor:
@@ -264,6 +265,7 @@ def attend(
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
         starts: int32 `[B, N]`, where each token's document begins, at most `max_documents` in a row; None: one document.
+        known: what is known of the documents on the CPU, see `known_documents.plan`.
         score_q: `[B, H, N, *]`, what the scorer reads in place of q; score_k: `[B, G, N, *]`.
 
     Returns:
@@ -290,8 +292,9 @@ def attend(
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
     if starts is not None:
         out = documents.attention_in_documents(
-            q, k, v, entries, starts, levels, pooling, dropout_p, scale, enable_gqa, max_documents, kernel
-        )
+            q, k, v, entries, starts, levels, pooling, pyramid.topk, pyramid.quota or 0, dropout_p, scale, enable_gqa,
+            max_documents, kernel, known,
+        )  # fmt: skip
     elif has_choice(q.device, kernel):
         out = attention(q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 try:
-    from torch import _assert_async as assert_async
+    from torch import _assert_async
     from torch._C import _has_storage as has_storage
     from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._dynamo import config as dynamo_config
@@ -37,11 +37,22 @@ try:
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    cudnn_attention_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    flash_attention_backward = torch.ops.aten._flash_attention_backward
     flash_attention_forward = torch.ops.aten._flash_attention_forward
 except (ImportError, AttributeError) as error:
     raise ImportError(
         f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
     ) from error
+
+_LONGEST = 254  # bytes of a message that a device-side assertion takes
+
+
+def assert_async(holds: torch.Tensor, message: str) -> None:
+    """Raise where a bool `[]` is False; on CUDA as a device-side assertion, which nobody waits for."""
+    _assert_async(holds, message.encode()[:_LONGEST].decode(errors="ignore"))
+
 
 __all__ = [
     "AttrSource",
@@ -64,7 +75,10 @@ __all__ = [
     "TracingContext",
     "assert_async",
     "compile_fx",
+    "cudnn_attention_backward",
+    "cudnn_attention_forward",
     "dynamo_config",
+    "flash_attention_backward",
     "flash_attention_forward",
     "has_storage",
     "is_traceable_wrapper_subclass",

@@ -2,6 +2,7 @@
 
 `lighthouse bench` and `benchmarks/layer.py` are this. The layer is measured as it stands in a model: queries, keys and values
 lie as projections leave them, `[B, N, H, D]`, and so does the output. Before it is timed, it is checked against plain PyTorch.
+Where many layers are compared, `measure_function` does without the compiler, which takes most of the time of a measurement.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.nn.attention import sdpa_kernel
 
 from . import timing
 from .config import LighthouseConfig
+from .extras import new_figure, save_figure
+from .functional import lighthouse_attention
 from .kernels import Pyramid, reference
 from .kernels.inner import preferred
 from .passes.check import pyramid_over
@@ -127,6 +130,36 @@ def measure_layer(
     )
 
 
+def measure_function(shape: LayerShape, config: LighthouseConfig, device: torch.device) -> tuple[float, int | None]:
+    """Milliseconds of a layer that calls `lighthouse_attention`, forward plus backward, and the bytes that it adds.
+
+    On a GPU its CUDA graph launches the kernels that a compiled layer launches, and no compiler is needed to capture it.
+
+    Raises:
+        AssertionError: as of `measure_layer`.
+    """
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, N, H, D], [B, N, G, D] twice
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        return lighthouse_attention(q, k, v, is_causal=True, enable_gqa=gqa, config=config).transpose(1, 2)
+
+    tokens = _inputs(shape, shape.length, device)
+    _check(layer, shape, config, tokens)
+    memory = timing.added_memory(lambda: _both(layer, tokens), device)
+    grad = torch.randn_like(tokens[0])
+    return timing.milliseconds(lambda: _both(layer, tokens, grad), device), memory
+
+
+def measure_dense(shape: LayerShape, device: torch.device) -> float:
+    """Milliseconds of dense attention, forward plus backward."""
+    tokens = _inputs(shape, shape.length, device)
+    grad = torch.randn_like(tokens[0])
+    with fastest_attention(device):
+        _both(_attention, tokens, grad)
+        return timing.milliseconds(lambda: _both(_attention, tokens, grad), device)
+
+
 def table(rows: Sequence[LayerTimes], title: str) -> Table:
     """The measurements as a rich table."""
     result = Table(title=title, title_justify="left")
@@ -163,12 +196,8 @@ def save_json(rows: Iterable[LayerTimes], path: Path, *, about: dict[str, Any]) 
 
 def save_picture(rows: Sequence[LayerTimes], path: Path, *, title: str) -> None:
     """Draw time against length; needs matplotlib, the extra `plot`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8))
+    figure = new_figure(12, 4.8)
+    left, right = figure.subplots(1, 2)
     lengths = [row.shape.length for row in rows]
     dense = [(row.shape.length, row.dense[1], row.speedup) for row in rows if row.dense]
     if dense:
@@ -189,10 +218,7 @@ def save_picture(rows: Sequence[LayerTimes], path: Path, *, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 # --- what is timed ----------------------------------------------------------------------------------------------------
@@ -218,7 +244,9 @@ def _inputs(shape: LayerShape, length: int, device: torch.device) -> list[Tensor
     ]
 
 
-def _both(attention: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor | None = None) -> object:
+def _both(
+    attention: Callable[..., Tensor], tensors: Sequence[Tensor], grad: Tensor | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     out = attention(*tensors)
     return out, torch.autograd.grad(out, tensors, out.detach() if grad is None else grad)
 
@@ -249,14 +277,17 @@ def traffic(shape: LayerShape, gathered: int) -> int:
     return forward + backward
 
 
-def _check(compiled: Callable[..., Tensor], shape: LayerShape, config: LighthouseConfig, tokens: Sequence[Tensor]) -> None:
-    """Output and gradients against plain PyTorch on the same selection, at the size that is measured (one group of heads)."""
+def _check(
+    attention: Callable[..., Tensor], shape: LayerShape, config: LighthouseConfig, tokens: Sequence[Tensor]
+) -> None:
+    """Output and gradients against plain PyTorch on the same selection: of one group of heads, as each selects for itself."""
+    grad = torch.randn_like(tokens[0])
+    out, grads = _both(attention, tokens, grad)
     share = shape.heads // shape.groups
-    narrow = [x[:, :, :heads].detach().requires_grad_() for x, heads in zip(tokens, (share, 1, 1), strict=True)]
-    out = compiled(*narrow)
-    grad = torch.randn_like(out)
-    found = out, *torch.autograd.grad(out, narrow, grad)
-    expected = _plain(narrow, grad, pyramid_over(shape.length, config))
+    found = [x[:, :, :heads].clone() for x, heads in zip((out, *grads), (share, share, 1, 1), strict=True)]
+    del out, grads
+    narrow = [x[:, :, :heads].detach() for x, heads in zip(tokens, (share, 1, 1), strict=True)]
+    expected = _plain(narrow, grad[:, :, :share], pyramid_over(shape.length, config))
     for name, x, y in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
         off = ((x.float() - y.float()).norm() / y.float().norm()).item()
         assert off < 0.02, f"{name} is {off:.1%} off plain PyTorch's: nothing is measured with a build that is wrong"

@@ -8,7 +8,20 @@ from collections.abc import Sequence
 
 from . import command_bench, command_explain, command_profile, command_report, command_tune, command_validate
 
-_COMMANDS = (command_explain, command_bench, command_tune, command_profile, command_validate, command_report)
+_COMMANDS = (command_explain, command_tune, command_bench, command_profile, command_report, command_validate)
+
+
+def new_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="lighthouse",
+        description="Lighthouse attention for models that you have: look before you train, choose, measure, check.",
+        epilog="lighthouse COMMAND --help explains a command, with examples.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,11 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="lighthouse", description="Lighthouse attention for models that you have.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    options = new_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except (ValueError, TypeError, OSError, ImportError) as error:  # the input's fault, and its words say how to mend it

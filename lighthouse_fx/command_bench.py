@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench, timing
+from .command_options import add_command, add_device, add_layer, add_pyramid, console, layer_of
 from .config import LighthouseConfig
 from .machine import describe
 
+_WIDTH = 150  # the table's, also where a terminal is narrower
 # (N, k), as in the table of the measured baseline
 _USUAL = (
     (4_096, 256),
@@ -32,23 +34,30 @@ _USUAL = (
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse bench`."""
-    parser = commands.add_parser("bench", help="time one attention layer on this machine, beside dense attention")
-    parser.description = (
-        "Times one attention layer, forward and backward: Lighthouse as the backend compiles it, dense attention, and "
-        "attention on the gathered sub-sequence alone, which nothing around it can beat."
+    parser = add_command(
+        commands,
+        "bench",
+        summary="time one attention layer on this machine, beside dense attention",
+        description=(
+            "Times one attention layer, forward and backward: Lighthouse as the backend compiles it, dense attention, and "
+            "stock attention on the gathered entries alone, which no layer around it can beat. The layer is first checked "
+            "against plain PyTorch."
+        ),
+        examples="""
+lighthouse bench --lengths 98304 --heads 32 --groups 8
+lighthouse bench --json layer.json --picture layer.png
+lighthouse bench --lengths 1024 --topk 32 --dtype float32 --device cpu
+""",
     )
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: 4K to 1M")
-    parser.add_argument("--topk", type=int, metavar="K", help="windows expanded per level; default: by length, as published")
-    parser.add_argument("--levels", type=int, default=3, metavar="L")
-    parser.add_argument("--pooling", type=int, default=4, metavar="P")
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads")
-    parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
-    parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--dense-up-to", type=int, default=524_288, metavar="N", help="no dense attention beyond")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: ten lengths, 4K to 1M")
+    add_pyramid(parser, topk=None, topk_default="by length, as published")
+    add_layer(parser)
+    parser.add_argument(
+        "--dense-up-to", type=int, default=524_288, metavar="N", help="no dense attention beyond; default: 524288"
+    )
+    add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the figures (.png, .svg)")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the figures (.png, .svg; extra 'plot')")
     parser.set_defaults(run=run)
 
 
@@ -57,12 +66,7 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     usual = dict(_USUAL)  # another length takes the k of the nearest one
     lengths = options.lengths or list(usual)
-    shapes = [
-        bench.LayerShape(
-            length=n, heads=options.heads, groups=options.groups or options.heads, dim=options.dim, dtype=options.dtype
-        )
-        for n in lengths
-    ]
+    shapes = [layer_of(options, n) for n in lengths]
     configs = [
         LighthouseConfig(
             levels=options.levels,
@@ -72,7 +76,6 @@ def run(options: argparse.Namespace) -> int:
         for n in lengths
     ]
     rows: list[bench.LayerTimes] = []
-    console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("measuring", total=len(shapes))
@@ -87,11 +90,11 @@ def run(options: argparse.Namespace) -> int:
         "command": "lighthouse " + " ".join(sys.argv[1:]),
     }
     title = f"milliseconds on {about['card']}, {options.dtype}, torch {about['torch']}"
-    wide = console if console.width >= 150 else Console(width=150)
-    wide.print(bench.table(rows, title))
+    out = console(_WIDTH)
+    (out if out.width >= _WIDTH else Console(width=_WIDTH)).print(bench.table(rows, title))
     for row in rows:
         if row.launched_dense and row.launched[1] > 1.15 * row.layer[1]:
-            console.print(
+            out.print(
                 f"N = {row.shape.length:,}: launched one by one, without a CUDA graph, {row.launched[1]:.2f} ms; "
                 f"dense attention {row.launched_dense[1]:.2f} ms"
             )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from .command_options import MODEL_HELP, add_config, call_function, config_from, is_function, transformers
+from .command_options import MODEL_HELP, add_command, add_config, call_function, config_from, console, is_function
+from .extras import transformers
 from .report import Report
 from .tracing import explain
 
@@ -20,10 +19,19 @@ _WIDTH = 180  # where there is no terminal, whose width is known
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse explain`."""
-    parser = commands.add_parser("explain", help="say which attention calls of a model would be rewritten, and why others not")
-    parser.description = (
-        "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: rewritten, "
-        "or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed."
+    parser = add_command(
+        commands,
+        "explain",
+        summary="say what would be rewritten in a model, and why the rest not",
+        description=(
+            "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: "
+            "rewritten, or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed. "
+            "The exit status is 1 where nothing would be rewritten."
+        ),
+        examples="""
+lighthouse explain path/to/model --length 98304
+lighthouse explain my_module:model_and_inputs --topk 512 --out graph.html
+""",
     )
     returns = "(model, inputs), the inputs a tensor or a tuple of what the model is called with"
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns=returns) + " (only its config.json is read)")
@@ -41,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         report = explain(model, *inputs, config=config)
     else:
         report = _of_transformers(options, config)
-    report.print(Console(width=None if sys.stdout.isatty() else _WIDTH))
+    report.print(console(_WIDTH))
     if options.out:
         print(f"written: {report.save(options.out)}")
     return 0 if report.rewritten else 1

@@ -1,4 +1,4 @@
-"""What several commands share: a model named on the command line, and the fields of the configuration as options."""
+"""What several commands share: their help, a model named on the command line, a layer and the configuration as options."""
 
 from __future__ import annotations
 
@@ -6,18 +6,38 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
+
+from .bench import LayerShape
 from .config import SCORERS, LighthouseConfig
 
 MODEL_HELP = "package.module:function of yours that returns {returns}, or a transformers model: a folder, or a name"
 
 
+_HELP_WIDTH = 78  # of a terminal of 80 columns
+
+
+def add_command(commands: Any, name: str, *, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A command with its help: a line in the list of commands, a paragraph, and examples below the options, one a line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(description, _HELP_WIDTH),
+        epilog="examples:\n" + textwrap.indent(examples.strip(), "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The options that make up a `LighthouseConfig`; what is not given is the model's own, or the default."""
-    group = parser.add_argument_group("Lighthouse attention; by default as the model is compiled, or LighthouseConfig()")
+    group = parser.add_argument_group("Lighthouse attention; default: as the model is compiled, or LighthouseConfig()")
     group.add_argument("--levels", type=int, metavar="L", help="levels of the pyramid; 1 is dense attention")
     group.add_argument("--pooling", type=int, metavar="P", help="windows of one level in a window of the next")
     group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level, over the whole sequence")
@@ -26,6 +46,44 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dense-layers", nargs="*", type=_layer, metavar="LAYER", help="layers that stay dense: numbers (-1: the last), names"
     )
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """The options that make up the shape of an attention layer, but for its length."""
+    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads; default: 8")
+    parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
+    parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension; default: 128")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="default: bfloat16"
+    )
+
+
+def add_pyramid(parser: argparse.ArgumentParser, *, topk: int | None, topk_default: str) -> None:
+    """The pyramid that is measured."""
+    parser.add_argument("--levels", type=int, default=3, metavar="L", help="levels of the pyramid; default: 3")
+    parser.add_argument(
+        "--pooling", type=int, default=4, metavar="P", help="windows of a level in one of the next; default: 4"
+    )
+    parser.add_argument(
+        "--topk", type=int, default=topk, metavar="K", help=f"windows expanded per level; default: {topk_default}"
+    )
+
+
+def layer_of(options: argparse.Namespace, length: int) -> LayerShape:
+    """The layer that was given."""
+    groups = options.heads if options.groups is None else options.groups
+    return LayerShape(length=length, heads=options.heads, groups=groups, dim=options.dim, dtype=options.dtype)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to run."""
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, help="where to run; default: a GPU where there is one, or else the CPU")
+
+
+def console(width: int) -> Console:
+    """Standard output, of the terminal's width, or where it is none, of this one."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def config_from(options: argparse.Namespace) -> LighthouseConfig | None:
@@ -54,18 +112,6 @@ def call_function(name: str) -> Any:
     finally:
         sys.path.remove(os.getcwd())
     return function()
-
-
-def transformers() -> Any:
-    """The library.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        return importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
-    except ImportError as error:
-        raise ImportError("a model's name or folder needs transformers: pip install transformers") from error
 
 
 def _layer(text: str) -> int | str:

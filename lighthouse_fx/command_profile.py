@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from rich.console import Console
 
 from . import profile_figures
-from .bench import LayerShape
-from .command_options import call_function
+from .command_options import add_command, add_device, add_layer, add_pyramid, call_function, console, layer_of
 from .config import LighthouseConfig
 from .cost import Card, measure_card
 from .profile_steps import Step, layer_step, llama_step, model_step
@@ -24,28 +22,36 @@ _WIDTH = 150  # where there is no terminal, whose width is known
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse profile`."""
-    parser = commands.add_parser("profile", help="say where the time of a training step goes, dense and with Lighthouse")
-    parser.description = (
-        "Profiles training steps, dense and with Lighthouse: selection, gather, attention, scatter and the rest, with the "
-        "rates reached beside the peaks of this machine. Of one attention layer, or of a small Llama, or of a model of yours."
+    parser = add_command(
+        commands,
+        "profile",
+        summary="say where a training step's time goes, dense and Lighthouse",
+        description=(
+            "Profiles training steps, dense and with Lighthouse: selection, gather, attention, scatter and the rest, with the "
+            "rates reached beside the peaks of this machine. A step is that of one attention layer, of a small Llama with "
+            "random weights, or of a model of yours."
+        ),
+        examples="""
+lighthouse profile --length 98304 --topk 1536
+lighthouse profile llama --picture profile.png
+lighthouse profile my_module:model_and_inputs
+lighthouse profile --length 1024 --topk 32 --dtype float32 --device cpu
+""",
     )
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", default="layer",
         help="'layer' (the default), 'llama', or package.module:function of yours that returns (model, inputs)",
     )  # fmt: skip
     parser.add_argument("--length", type=int, default=32_768, metavar="N", help="tokens; default: 32768")
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads; default: 8")
-    parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
-    parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension; default: 128")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--layers", type=int, default=8, help="of the Llama, its first and last dense; default: 8")
-    parser.add_argument("--levels", type=int, default=3, metavar="L")
-    parser.add_argument("--pooling", type=int, default=4, metavar="P")
-    parser.add_argument("--topk", type=int, default=1024, metavar="K")
-    parser.add_argument("--steps", type=int, default=3, help="steps to record; default: 3")
-    parser.add_argument("--peak-tflops", type=float, metavar="X", help="the card's peak; default: measured by a matrix product")
-    parser.add_argument("--peak-bandwidth-tb", type=float, metavar="X", help="its peak in TB/s; default: measured by a copy")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_layer(parser)
+    parser.add_argument(
+        "--layers", type=int, default=8, metavar="COUNT", help="of the Llama, its first and last dense; default: 8"
+    )
+    add_pyramid(parser, topk=1024, topk_default="1024")
+    parser.add_argument("--steps", type=int, default=3, metavar="COUNT", help="to record of each kind; default: 3")
+    parser.add_argument("--peak-tflops", type=float, metavar="X", help="to compare with; default: a large matrix product's")
+    parser.add_argument("--peak-bandwidth-tb", type=float, metavar="X", help="the same in TB/s; default: a large copy's")
+    add_device(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw two stacked bars (.png, .svg; extra 'plot')")
     parser.set_defaults(run=run)
 
@@ -64,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
             steps=options.steps,
             progress=lambda what: status.update(f"profiling: {what}"),
         )
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(profile_figures.table(found))
+    console(_WIDTH).print(profile_figures.table(found))
     if options.picture:
         print(f"written: {found.save_picture(options.picture)}")
     return 0
@@ -77,13 +83,7 @@ def _step(options: argparse.Namespace, device: torch.device) -> Step:
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         moved = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
         return model_step(model.to(device), moved, config)
-    shape = LayerShape(
-        length=options.length,
-        heads=options.heads,
-        groups=options.heads if options.groups is None else options.groups,
-        dim=options.dim,
-        dtype=options.dtype,
-    )
+    shape = layer_of(options, options.length)
     if options.model == "layer":
         return layer_step(shape, config, device)
     if options.model == "llama":

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from . import audit_page
+from .command_options import add_command, console
 from .loss_monitor import read_reference
 from .run_file import read_run
 
@@ -18,10 +16,18 @@ _WIDTH = 150  # where there is no terminal, whose width is known
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse report`."""
-    parser = commands.add_parser("report", help="show the log of a training run: losses, speed, what was saved")
-    parser.description = (
-        "Shows the log that lighthouse_fx.RunLog wrote of a training run: a table here, and with --out a page of HTML with "
-        "curves that needs no other file and no network. The run may still be going on, or may have been killed."
+    parser = add_command(
+        commands,
+        "report",
+        summary="show the log of a training run: losses, speed, what was saved",
+        description=(
+            "Shows the log that lighthouse_fx.RunLog wrote of a training run: a table here, and with --out a page of HTML "
+            "with curves that needs no other file and no network. The run may still be going on, or may have been killed."
+        ),
+        examples="""
+lighthouse report run.jsonl
+lighthouse report run.jsonl --reference dense.jsonl --out run.html
+""",
     )
     parser.add_argument("log", type=Path, metavar="RUN.jsonl", help="the log")
     parser.add_argument("--out", type=Path, metavar="RUN.html", help="write the page (draws with matplotlib, extra 'plot')")
@@ -38,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """`lighthouse report`: print the table, write what was asked for."""
     data = read_run(options.log)
     reference = read_reference(options.reference) if options.reference else None
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(audit_page.summary(data))
+    console(_WIDTH).print(audit_page.summary(data))
     if options.out:
         print(f"written: {audit_page.save_page(data, options.out, reference=reference)}")
     if options.tensorboard:

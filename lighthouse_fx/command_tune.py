@@ -3,78 +3,103 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import tuning_figures
 from .bench import LayerShape
+from .command_options import add_command, add_device, add_layer, console, layer_of
 from .cost import H100, Card
-from .tuning import shape_of, tune
+from .extras import transformers
+from .tuning import Tuning, shape_of, tune
 
 _WIDTH = 120  # where there is no terminal, whose width is known
+_BESIDE = 2  # what is measured beside the candidates: the machine's rates, and dense attention
 
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse tune`."""
-    parser = commands.add_parser("tune", help="recommend levels, pooling and topk for an attention layer")
-    parser.description = (
-        "Recommends a pyramid: of those whose layer takes at most --share of dense attention's time and fits into --memory, "
-        "the one that keeps the most of the sequence. The likely ones are measured here; with --predict nothing is, and no "
-        "GPU is needed. The exit status is 1 where the layer should stay dense."
+    parser = add_command(
+        commands,
+        "tune",
+        summary="recommend levels, pooling and topk for an attention layer",
+        description=(
+            "Recommends a pyramid for an attention layer over N tokens: of those that take at most --share of dense "
+            "attention's time and fit into --memory, the one that keeps the most of the sequence. The most promising are "
+            "measured on this machine as far as --seconds allow, the others predicted; with --predict all are, and no GPU is "
+            "needed. The exit status is 1 where the layer should stay dense."
+        ),
+        examples="""
+lighthouse tune 98304 --predict
+lighthouse tune 98304 --predict --heads 32 --groups 8 --share 0.05
+lighthouse tune 98304 --memory 1.5 --json tune.json --picture tune.png
+""",
     )
-    parser.add_argument("length", type=int, metavar="N", help="tokens")
+    parser.add_argument("length", type=int, metavar="N", help="tokens in the sequence")
     parser.add_argument(
-        "--model", metavar="NAME", help="a transformers model, folder or name, for its heads; only its config.json is read"
+        "--model", metavar="NAME", help="take the heads of this transformers model, folder or name; reads its config.json only"
     )
-    parser.add_argument("--heads", type=int, default=8, metavar="H", help="query heads; default: 8")
-    parser.add_argument("--groups", type=int, metavar="G", help="key/value heads; default: as many as query heads")
-    parser.add_argument("--dim", type=int, default=128, metavar="D", help="head dimension; default: 128")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--share", type=float, default=0.1, help="of dense attention's time for a layer; default: 0.1")
-    parser.add_argument("--memory", type=float, metavar="GB", help="that a layer may add, gradients included; default: any")
-    parser.add_argument("--measure", type=int, default=6, metavar="COUNT", help="candidates to measure; default: 6")
-    parser.add_argument("--predict", action="store_true", help="measure nothing; for an H100, unless rates are given")
-    parser.add_argument("--attention-tflops", type=float, metavar="X", help="rate of stock attention, for --predict")
-    parser.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB a second of a copy, for --predict")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_layer(parser)
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="of dense attention's time that the layer may take; default: 0.1"
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GB", help="that the layer may add, gradients included; default: any amount"
+    )
+    parser.add_argument("--measure", type=int, default=8, metavar="COUNT", help="pyramids to measure at most; default: 8")
+    parser.add_argument("--seconds", type=float, default=120.0, metavar="S", help="to measure for at most; default: 120")
+    parser.add_argument(
+        "--predict", action="store_true", help="measure nothing: predict for an H100, or for a card of the two rates below"
+    )
+    parser.add_argument("--attention-tflops", type=float, metavar="X", help="TFLOP/s that stock attention reaches there")
+    parser.add_argument("--bandwidth-tb", type=float, metavar="X", help="TB/s of a copy there, read plus written")
+    add_device(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures, anew after every measurement")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw time against kept share (.png, .svg; extra 'plot')")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """`lighthouse tune`: print the table and the recommendation, draw the picture."""
+    """`lighthouse tune`: print the table and the recommendation, write the figures, draw the picture."""
     shape = _shape(options)
-    with Console(stderr=True).status("measuring") as status:
+    measure = 0 if options.predict else options.measure
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("predicting", total=measure + _BESIDE, completed=-1)
+
+        def begin(what: str) -> None:
+            progress.update(task, description=f"measuring {what}", advance=1)
+
+        def keep(found: Tuning) -> None:
+            if options.json:
+                found.save_json(options.json)
+
         found = tune(
             shape,
             share=options.share,
             memory=None if options.memory is None else int(options.memory * 1e9),
             device=options.device,
             card=_card(options),
-            measure=0 if options.predict else options.measure,
-            progress=lambda what: status.update(f"measuring {what}"),
+            measure=measure,
+            seconds=options.seconds,
+            progress=begin,
+            so_far=keep,
         )
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(tuning_figures.table(found))
-    if options.picture:
-        print(f"written: {found.save_picture(options.picture)}")
+    console(_WIDTH).print(tuning_figures.table(found))
+    keep(found)
+    for path in (options.json, options.picture and found.save_picture(options.picture)):
+        if path:
+            print(f"written: {path}")
     return 0 if found.recommended else 1
 
 
 def _shape(options: argparse.Namespace) -> LayerShape:
     if options.model is None:
-        groups = options.heads if options.groups is None else options.groups
-        return LayerShape(
-            length=options.length, heads=options.heads, groups=groups, dim=options.dim, dtype=options.dtype
-        )
-    try:
-        library = importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
-    except ImportError as error:
-        raise ImportError("--model needs transformers: pip install transformers, or give --heads and --dim") from error
+        return layer_of(options, options.length)
+    library = transformers("--model", instead="give --heads and --dim")
     return shape_of(library.AutoConfig.from_pretrained(options.model), options.length, dtype=options.dtype)
 
 

@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
-from .command_options import MODEL_HELP, add_config, call_function, config_from, is_function, transformers
+from .command_options import (
+    MODEL_HELP,
+    add_command,
+    add_config,
+    add_device,
+    call_function,
+    config_from,
+    console,
+    is_function,
+)
+from .extras import transformers
 from .passkey import Passkey, utf8
 from .validation import validate
 
@@ -23,17 +32,25 @@ _WIDTH = 150  # where there is no terminal, whose width is known
 
 def add_parser(commands: Any) -> None:
     """The options of `lighthouse validate`."""
-    parser = commands.add_parser("validate", help="check a trained model: dense loss, long context, passkeys, dense inference")
-    parser.description = (
-        "Asks four questions of a language model: is its inference dense; is dense attention trained (its loss beside that "
-        "under Lighthouse attention); does a longer context help; is a digit found again in a long text. The exit status is 1 "
-        "if inference is not dense or the loss is no number, and otherwise 0, whatever the other answers."
+    parser = add_command(
+        commands,
+        "validate",
+        summary="check a trained model: dense loss, passkeys, dense inference",
+        description=(
+            "Asks four questions of a language model: is its inference dense; is dense attention trained (its loss beside "
+            "that under Lighthouse attention); does a longer context help; is a digit found again in a long text. The exit "
+            "status is 1 if inference is not dense or the loss is no number, and otherwise 0, whatever the other answers."
+        ),
+        examples="""
+lighthouse validate path/to/model --text held_out.txt --length 8192 --passkey
+lighthouse validate my_module:model --text held_out.txt --out found
+""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns="the model"))
     parser.add_argument("--text", type=Path, metavar="FILE", required=True, help="held-out text, UTF-8")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window; default: 2048")
-    parser.add_argument("--windows", type=int, default=8, metavar="W", help="windows, evenly over the text; default: 8")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="windows at once; default: 1")
+    parser.add_argument("--windows", type=int, default=8, metavar="W", help="of these, spread over the text; default: 8")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="windows in a batch; default: 1")
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="of transformers, or 'bytes'; default: the model's, for a function 'bytes'"
     )
@@ -41,7 +58,7 @@ def add_parser(commands: Any) -> None:
         "--passkey", type=int, nargs="*", metavar="N", help="look for passkeys in prompts of N tokens; without N: 1/4, 1/2, all"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to load a transformers model in; default: its own")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write figures and pictures (extra 'plot')")
     add_config(parser)
     parser.set_defaults(run=run)
@@ -64,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         batch=options.batch,
         progress=sys.stderr.isatty(),
     )
-    found.print(Console(width=None if sys.stdout.isatty() else _WIDTH))
+    found.print(console(_WIDTH))
     if options.out:
         print(f"written: {', '.join(map(str, found.save(options.out)))}")
     return 0 if found.passed else 1

@@ -1,17 +1,16 @@
 """What one attention layer costs, predicted from its shape and a card's rates: milliseconds and bytes, without a GPU.
 
-Attention is floating-point operations (SPEC.md, "Cost") at the rate that stock attention reaches; what Lighthouse adds around
-it is the least traffic at the speed of a copy, and the start of its kernels. Four figures are fitted to the measurements in
-benchmarks/results (one H100, bf16, 3 levels, pooling 4): the rate of attention, how it falls for short sequences and for narrow
-heads, and how long the kernels take to start. Against those same measurements forward plus backward is off by at most 4% from
-16K tokens on and 13% below, dense attention by 7% and 17%, a layer's memory by 1%; tests/test_tuning.py holds the model to 10%
-from 16K on, and to 2% of memory. Other cards, other levels and other pooling have not been compared.
+Attention is floating-point operations (SPEC.md, "Cost") at the rate that stock attention reaches: it rises with the length,
+until the card's power holds it, and falls for narrow heads. What Lighthouse adds around it is the least traffic at the speed
+of a copy, and the start of its kernels. An H100's figures for that are fitted to benchmarks/results/layer.json, and how the
+rate falls for narrow heads to its neighbour layer_narrow_heads.json. tests/test_cost_model.py compares the model with those
+and with what it was not fitted to; docs/choosing_a_pyramid.md says how far off it is.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,8 @@ class Card:
         matmul: floating-point operations a second of a large matrix product.
         attention: the same of stock causal attention, forward plus backward, heads of 128, a very long sequence.
         bandwidth: bytes a second of a large copy, read plus written.
-        half_length: the length at which attention reaches half of its rate.
+        half_length: the length at which attention reaches half of the rate that it would reach if power did not hold it;
+        headroom: that rate, over `attention`.
         start: seconds that the kernels around the attention of a layer take to start.
     """
 
@@ -44,7 +44,8 @@ class Card:
     matmul: float
     attention: float
     bandwidth: float
-    half_length: int = 1700
+    half_length: float = 3350
+    headroom: float = 1.145
     start: float = 80e-6
     dtypes: tuple[str, ...] = _HALVES
 
@@ -54,6 +55,11 @@ class Card:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 usual = getattr(H100, name)
                 raise ValueError(f"{name}={value!r} is no rate: give a positive number a second, such as {usual:g}")
+
+
+    def share_of_rate(self, length: int) -> float:
+        """How much of its rate attention reaches at a length."""
+        return min(1.0, self.headroom * length / (length + self.half_length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +97,7 @@ def _attention(shape: LayerShape, length: int, card: Card) -> float:
         )
     flops = _BACKWARD * 2 * length**2 * shape.dim * shape.heads
     narrow = (1 + _SOFTMAX_DIMS / _REFERENCE_DIM) / (1 + _SOFTMAX_DIMS / shape.dim)
-    return 1000 * flops / (card.attention * narrow * length / (length + card.half_length))
+    return 1000 * flops / (card.attention * narrow * card.share_of_rate(length))
 
 
 def _memory(shape: LayerShape, config: LighthouseConfig, gathered: int) -> int:
@@ -109,7 +115,7 @@ def _memory(shape: LayerShape, config: LighthouseConfig, gathered: int) -> int:
 def measure_card(device: torch.device, dtype: str = "bfloat16") -> Card:
     """Measure a device's rates by a large matrix product, stock attention and a copy; seconds."""
     on_gpu = device.type == "cuda"
-    side, length, heads, half = (8192, 16_384, 8, H100.half_length) if on_gpu else (1024, 1024, 2, 0)
+    side, length, heads = (8192, 16_384, 8) if on_gpu else (1024, 1024, 2)
     torch_dtype = getattr(torch, dtype)
     a, b = (torch.randn(side, side, dtype=torch_dtype, device=device) for _ in range(2))
     torch.mm(a, b)
@@ -123,17 +129,18 @@ def measure_card(device: torch.device, dtype: str = "bfloat16") -> Card:
     with fastest_attention(device):
         attention()
         seconds = timing.milliseconds(attention, device) / 1000
-    flops = _BACKWARD * 2 * length**2 * _REFERENCE_DIM * heads
-    return Card(
+    rate = _BACKWARD * 2 * length**2 * _REFERENCE_DIM * heads / seconds
+    rates = Card(
         name=torch.cuda.get_device_name(device) if on_gpu else "this CPU",
         matmul=matmul,
-        attention=flops / seconds * (length + half) / length,
+        attention=rate,
         bandwidth=timing.copy_bandwidth(device),
-        half_length=half,
-        start=H100.start if on_gpu else 0.0,
         dtypes=_HALVES if on_gpu and dtype in _HALVES else (dtype,),
     )
+    if not on_gpu:
+        return replace(rates, half_length=0, headroom=1.0, start=0.0)
+    return replace(rates, attention=rate / rates.share_of_rate(length))
 
 
-# Matrix product: the data sheet, without sparsity. The others: benchmarks/results/layer.json.
-H100 = Card(name="H100", matmul=989e12, attention=560e12, bandwidth=3.0e12)
+# Matrix product: the data sheet, without sparsity. Copy: as measured. Attention: fitted, see above.
+H100 = Card(name="H100", matmul=989e12, attention=545e12, bandwidth=3.0e12)

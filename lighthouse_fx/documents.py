@@ -3,10 +3,10 @@
     with lighthouse_fx.documents(numbers):          # forward and backward
         loss = model(tokens); loss.backward()
 
-The compiled graph gets one more input, where each token's document begins, and its wrapper supplies it from here; so nothing
-about the documents is baked into the graph, which is guarded on nothing but whether there are any. What is computed:
-`kernels/documents.py`; attention that stays dense by choice (excluded layers, the dense stage, evaluation, short sequences) is
-kept inside documents, too, on all tokens.
+The compiled graph gets two more inputs, where each token's document begins and what the CPU knows of the documents, and its
+wrapper supplies them from here; so nothing about the documents is baked into the graph, which is guarded on nothing but
+whether there are any. What is computed: `kernels/documents.py`; attention that stays dense by choice (excluded layers, the
+dense stage, evaluation, short sequences) is kept inside documents, too, on all tokens.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, fx
 
 from . import dynamo, stage
 from .config import LighthouseConfig
-from .kernels.documents import crowded_out, starts_of
-from .passes.call import CALLS, DOCUMENTS, PACKED
+from .kernels.documents import crowded_out, in_sequences, starts_of
+from .kernels.known_documents import FIELDS, summary, too_many
+from .passes.call import CALLS, DOCUMENTS, KNOWN, PACKED
 from .passes.check import pyramid_over
 from .passes.document_input import sizes_when_run
 from .report import AttentionRecord
@@ -55,13 +56,16 @@ def starts_from(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None
 class Documents:
     """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins.
 
-    On are the documents entered last among those not left yet, in whichever order they are left. `alone`: each row is known to
-    be one document. That is no documents at all, and the undivided row has faster kernels.
+    On are the documents entered last among those not left yet, in whichever order they are left. `known`: what the CPU knows of
+    them (`kernels/known_documents.py`), zeros where only a GPU knows them. `alone`: each row is known to be one document. That
+    is no documents at all.
     """
 
     def __init__(self, starts: Tensor) -> None:
         self.starts = starts
-        self.alone = starts.device.type == "cpu" and not bool(starts.any())
+        on_cpu = starts.device.type == "cpu"
+        self.alone = on_cpu and not bool(starts.any())
+        self.known = summary(starts) if on_cpu else torch.zeros(len(starts), FIELDS, dtype=torch.int64)
         self._copies = {starts.device: starts}
         self._checked: set[LighthouseConfig] = set()
 
@@ -147,20 +151,19 @@ def prepared(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def settle_input(gm: fx.GraphModule) -> None:
-    """After the passes: drop the input where nobody uses it."""
+    """After the passes: drop the inputs where nobody uses them."""
     gm.meta.pop(PACKED, None)
-    node = gm.meta.get(DOCUMENTS)
-    if node is None:
+    if DOCUMENTS not in gm.meta:
         return
-    if not node.users:
-        gm.graph.erase_node(node)
-        del gm.meta[DOCUMENTS]
+    if not gm.meta[DOCUMENTS].users:
+        for name in (DOCUMENTS, KNOWN):
+            gm.graph.erase_node(gm.meta.pop(name))
     gm.recompile()
 
 
 def example_of(gm: fx.GraphModule) -> list[Tensor]:
-    """The example inputs to add for a rewritten graph: one, or none."""
-    return [gm.meta[DOCUMENTS].meta["example_value"]] if DOCUMENTS in gm.meta else []
+    """The example inputs to add for a rewritten graph: two, or none."""
+    return [gm.meta[name].meta["example_value"] for name in (DOCUMENTS, KNOWN) if name in gm.meta]
 
 
 def heeded(
@@ -192,7 +195,7 @@ def heeded(
 
 
 def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: LighthouseConfig) -> Callable[..., Any]:
-    """A compiled graph that gets the documents that are on as its last input, if it has that input."""
+    """A compiled graph that gets the documents that are on as its last inputs, if it has those inputs."""
     if DOCUMENTS not in gm.meta:
         return compiled
     selects = any(call.refusal is None for call in gm.meta[CALLS])
@@ -207,8 +210,11 @@ def supplied(compiled: Callable[..., Any], gm: fx.GraphModule, config: Lighthous
                 f"documents() has documents of {list(on.starts.shape)} tokens, and attention has queries of {list(shape)}: "
                 "give [batch, tokens] of the batch that the model gets"
             )
+        count = int(on.known[:, 0].max()) if in_sequences(device) else 0
+        if count > config.max_documents:  # before the GPU finds it, and stops for good
+            raise ValueError(f"documents() has {count} documents in a row: {too_many(config.max_documents)}")
         if selects:
             on.check(config)
-        return compiled(*args, on.on(device))
+        return compiled(*args, on.on(device), on.known)
 
     return run

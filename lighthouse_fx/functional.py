@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import LighthouseConfig
 from .kernels import attend
 from .kernels.documents import document_problem, starts_of
+from .kernels.known_documents import summary
 from .kernels.shapes import shape_problem, tensor_problem
 from .passes.check import pyramid_over
 
@@ -43,7 +44,7 @@ def lighthouse_attention(
         enable_gqa: allow `G < H`, grouped-query attention; `H % G` must be 0.
         dropout_p: probability of dropping an attention weight in the gathered sub-sequence.
         documents: integer `[B, N]`, the number of each token's document; attention, which must be causal, stays inside. Runs of
-            equal numbers are documents, so `[1, 0, 1]` is three.
+            equal numbers are documents, so `[1, 0, 1]` is three. On the CPU, or where query is, which is slower on a GPU.
         score_query: `[B, H, N, *]`, what the `norm` scorer reads in place of query; score_key: `[B, G, N, *]`. Where a norm
             makes all queries and keys equally long (QK-norm), give them as they were before it. No gradient flows here.
         config: the pyramid and the scorer, `LighthouseConfig()` by default. `max_kept`, `dense_layers` and `assume_causal`
@@ -60,7 +61,9 @@ def lighthouse_attention(
     config = LighthouseConfig() if config is None else config
     _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
     _check_tensors(query, key, value, enable_gqa=enable_gqa)
-    starts = None if documents is None else _starts(documents, query, value, is_causal=is_causal, config=config)
+    starts = known = None
+    if documents is not None:
+        starts, known = _starts(documents, query, value, is_causal=is_causal, config=config)
     _check_scored("score_query", score_query, query, config)
     _check_scored("score_key", score_key, key, config)
     pyramid = pyramid_over(query.shape[2], config)
@@ -83,25 +86,31 @@ def lighthouse_attention(
         kernel=config.kernel,
         starts=starts,
         max_documents=config.max_documents,
+        known=known,
         score_q=score_query,
         score_k=score_key,
     )
 
 
-def _starts(documents: Tensor, query: Tensor, value: Tensor, *, is_causal: bool, config: LighthouseConfig) -> Tensor:
+def _starts(
+    documents: Tensor, query: Tensor, value: Tensor, *, is_causal: bool, config: LighthouseConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Where each token's document begins, where query is, and what is known of that on the CPU."""
     if not isinstance(documents, Tensor) or documents.dtype not in _INTEGERS:
         shown = f"has dtype {documents.dtype}" if isinstance(documents, Tensor) else f"is a {type(documents).__name__}"
         raise TypeError(f"documents {shown}: give an integer tensor [batch, tokens]")
     expected = [query.shape[0], query.shape[2]]
     if list(documents.shape) != expected:
         raise ValueError(f"documents has shape {list(documents.shape)}, and the queries are {expected}: give [batch, tokens]")
-    if documents.device != query.device:
-        raise ValueError(f"documents is on {documents.device} and query on {query.device}: documents.to(query.device)")
+    on_cpu = documents.device.type == "cpu"
+    if documents.device != query.device and not on_cpu:
+        raise ValueError(f"documents is on {documents.device} and query on {query.device}: documents.cpu(), or there as well")
     if not is_causal:
         raise ValueError("documents with is_causal=False: pass is_causal=True; only causal attention is kept inside documents")
     if (problem := document_problem(query, value, config.kernel)) is not None:
         raise ValueError(problem)
-    return starts_of(documents)
+    starts = starts_of(documents)
+    return starts.to(query.device, non_blocking=True), summary(starts) if on_cpu else None
 
 
 def _check_numbers(*, is_causal: Any, enable_gqa: Any, scale: Any, dropout_p: Any, config: Any) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from .extras import new_figure, save_figure
 from .kernel_names import PARTS
 from .profiling import Part, Profile, Run
 
@@ -70,17 +71,9 @@ def text(profile: Profile) -> str:
 
 def save_picture(profile: Profile, path: str | Path) -> Path:
     """Draw the steps as bars of their parts; needs matplotlib, the extra `plot`."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install 'lighthouse-fx[plot]'") from error
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    path = Path(path)
     runs = (profile.lighthouse, profile.dense)  # the first is drawn at the bottom
-    figure, axis = pyplot.subplots(figsize=(12, 3.8))
+    figure = new_figure(12, 3.8)
+    axis = figure.subplots()
     left = [0.0] * len(runs)
     longest = max(run.milliseconds for run in runs)
     for name in _ROWS:
@@ -100,11 +93,7 @@ def save_picture(profile: Profile, path: str | Path) -> Path:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=6, fontsize=9)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save_figure(figure, path)
 
 
 def _time(part: Part | None, run: Run) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from .bench import LayerShape
 from .blocks import compile
 from .config import LighthouseConfig
+from .extras import transformers
 from .kernels.torch_private import OptimizedModule
 
 Step = Callable[[], object]
@@ -46,10 +46,7 @@ def llama_step(shape: LayerShape, config: LighthouseConfig, device: torch.device
         ImportError: transformers is not installed.
     """
     _check(config)
-    try:
-        library = importlib.import_module("transformers")  # by name: mypy would take our folder for the `kernels` it imports
-    except ImportError as error:
-        raise ImportError("a Llama needs transformers: pip install transformers, or profile one layer") from error
+    library = transformers("a Llama", instead="profile one layer")
     width = shape.heads * shape.dim
     described = library.LlamaConfig(
         vocab_size=256,
@@ -64,7 +61,9 @@ def llama_step(shape: LayerShape, config: LighthouseConfig, device: torch.device
         use_cache=False,
     )
     model = library.LlamaForCausalLM(described).to(device, getattr(torch, shape.dtype))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # By its new name, where transformers has it: the old one warns.
+    checkpoint = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    checkpoint({"use_reentrant": False})
     tokens = torch.randint(0, 256, (1, shape.length), device=device)
     dense = (0, -1) if layers > 2 else ()
     return model_step(model, (tokens,), config, named={"labels": tokens}, dense_layers=dense)

@@ -111,7 +111,7 @@ def profile(
     recordings = []
     with watch() as calls:
         for name, wanted in (("dense", stage.dense()), ("Lighthouse", stage.pretraining())):
-            progress(f"a {name} step")
+            progress(f"a {name} step, after it is compiled")
             with wanted, fastest_attention(device):
                 recordings.append(_record(step, device, steps))
     if not any(a.part == "selection" for a in recordings[1].attributed):
@@ -241,7 +241,7 @@ def _recorded(step: Callable[[], object], device: torch.device, steps: int) -> t
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        trace = json.loads(path.read_text(encoding="utf-8", errors="replace"), strict=False)
     wanted = _ON_GPU if on_gpu else {"cpu_op"}
     return [
         Event(name=entry["name"], start=float(entry["ts"]), duration=float(entry["dur"]))

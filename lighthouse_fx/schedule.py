@@ -22,13 +22,14 @@ from .recovery import Recovery, StageEvent
 from .stage import dense, pretraining
 
 _log = logging.getLogger("lighthouse_fx")
+RECOMMENDED_FRACTION = 0.5
 _PLAN = ("total_steps", "lighthouse_steps", "rewarm_steps")
 
 
 class TwoStage:
     """The schedule of a pre-training run.
 
-        schedule = TwoStage(16_000, fraction=0.625)
+        schedule = TwoStage(16_000)
         for step in schedule:                     # goes on where load_state_dict left off
             with schedule.stage():                # forward and backward of every micro-batch of the step
                 loss = model(batch(step)).loss
@@ -50,7 +51,8 @@ class TwoStage:
     Args:
         total_steps: optimiser steps of both stages together, at least 1.
         lighthouse_steps: how many of them run under Lighthouse attention, 0 to `total_steps`; or
-        fraction: the same as a share, rounded to the nearest step (a half to the even one). Paper: 0.625. Give one of the two.
+        fraction: the same as a share, rounded to the nearest step (a half to the even one). Without either, a half, as our own
+            runs recommend (docs/evidence.md); the paper's is 0.625.
         config: stage 1's, in the place of the compiled model's own options.
         rewarm_steps: R, over which the learning rate rises again after the switch; 0 is off. See `lr_factor`.
         window: how many losses are averaged to tell that the loss has recovered (see `lighthouse_fx.recovery`).
@@ -89,7 +91,7 @@ class TwoStage:
         if self.lighthouse_steps == total_steps:
             warnings.warn(
                 f"lighthouse_steps={self.lighthouse_steps} is all of total_steps, so the model never trains under the dense "
-                "attention that it will be used with: leave some steps dense, such as fraction=0.625",
+                "attention that it will be used with: leave some steps dense, such as fraction=0.5",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -308,19 +310,18 @@ class TwoStage:
 
 
 def _lighthouse_steps(total: int, steps: int | None, fraction: float | None) -> int:
-    if (steps is None) == (fraction is None):
-        raise TypeError(
-            f"lighthouse_steps={steps!r} and fraction={fraction!r}: give one of them, such as fraction=0.625"
-        )
+    if steps is not None and fraction is not None:
+        raise TypeError(f"lighthouse_steps={steps!r} and fraction={fraction!r}: give one of them, such as fraction=0.5")
+    fraction = RECOMMENDED_FRACTION if fraction is None else fraction
     if steps is not None:
         _check_integer("lighthouse_steps", steps, least=0)
         if steps > total:
             raise ValueError(f"lighthouse_steps={steps} is more than total_steps={total}: give 0 to {total}")
         return steps
     if not isinstance(fraction, int | float) or isinstance(fraction, bool):
-        raise TypeError(f"fraction={fraction!r} is a {type(fraction).__name__}: give a number from 0 to 1, such as 0.625")
+        raise TypeError(f"fraction={fraction!r} is a {type(fraction).__name__}: give a number from 0 to 1, such as 0.5")
     if not (math.isfinite(fraction) and 0 <= fraction <= 1):
-        raise ValueError(f"fraction={fraction} is no share: give a number from 0 to 1, such as 0.625")
+        raise ValueError(f"fraction={fraction} is no share: give a number from 0 to 1, such as 0.5")
     if fraction > 0 and round(total * fraction) == 0:
         raise ValueError(
             f"fraction={fraction} of total_steps={total} is no whole step: give lighthouse_steps=1, or fraction=0 for a dense "

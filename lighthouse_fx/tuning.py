@@ -1,17 +1,18 @@
 """`tune(shape)`: which pyramid a layer should have here. Candidates are predicted, the best measured, one recommended.
 
 The rule: of the pyramids whose layer takes at most `share` of the time of dense attention, forward plus backward, and whose
-memory fits, the one that keeps the most of the sequence, S/N; where that is the same to a hundredth, the one of fewer levels,
-then the faster one. If none qualifies, the recommendation is to stay dense, and says why. Where candidates are measured, only
-they are recommended.
+memory fits, the one that keeps the most of the sequence, S/N; where that is the same to a hundredth, the one nearer to three
+levels, then the faster one. If none qualifies, the recommendation is to stay dense, and says why. Where candidates are
+measured, only they are recommended.
 
-The candidates start from three levels with pooling 4. More windows, a smaller pooling and another level keep more or spread it
-more finely; fewer windows, a larger pooling and a dropped level save time.
+The start of `candidates.py` is measured first, and then, one by one, whichever the cost model, corrected by what the
+measurements so far were off, holds for the best by the rule. When the time is over, the model answers for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -19,46 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bench import LayerShape, LayerTimes, measure_layer
-from .config import LighthouseConfig
-from .cost import Card, Cost, measure_card, predict, predict_dense
-from .passes.check import pyramid_over
+from .bench import LayerShape, measure_dense, measure_function
+from .candidates import START, Candidate, Measured, predicted
+from .cost import Card, measure_card, predict_dense
 
-_START = LighthouseConfig(levels=3, pooling=4)
-_LEVELS = (3, 2, 4)
-_POOLINGS = (4, 2, 8)
-_TOKENS_PER_WINDOW = 64  # topk of the start: the paper's 1536 at 98,304 tokens
-_TOPK_SCALES = (0.25, 0.5, 1, 2, 4, 8)
-_QUOTA = 128
-_LONGEST_DENSE_MS = 10_000.0  # predicted; beyond, dense attention is not run
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """One pyramid. `failure` says why a measurement of it came to nothing, "" where it did not fail or was not tried."""
-
-    config: LighthouseConfig
-    length: int
-    gathered: int
-    predicted: Cost
-    measured: LayerTimes | None = None
-    failure: str = ""
-
-    @property
-    def kept(self) -> float:
-        """Share of the sequence that is attended to, S/N."""
-        return self.gathered / self.length
-
-    @property
-    def milliseconds(self) -> float:
-        """Forward plus backward, measured if it was."""
-        return self.measured.layer[1] if self.measured else self.predicted.milliseconds
-
-    @property
-    def memory(self) -> int:
-        """Bytes that forward plus backward add at most, measured if they were."""
-        known = self.measured.memory if self.measured else None
-        return self.predicted.memory if known is None else known
+_RUNS = 8  # a measurement takes about so many times what it measures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +35,9 @@ class Tuning:
         dense: milliseconds of dense attention; dense_measured: or predicted.
         share: of the dense time that was allowed; memory: bytes that were, None: any.
         candidates: from the one that keeps least; recommended: one of them, None where the layer should stay dense.
+        correction: what the predictions of those not measured were multiplied by, after those that were.
         reason: why that one; remedy: what would change the answer, "" where a pyramid is recommended.
+        stopped: why no more candidates were measured, "" where as many were as was asked for.
     """
 
     shape: LayerShape
@@ -80,8 +48,16 @@ class Tuning:
     memory: int | None
     candidates: tuple[Candidate, ...]
     recommended: Candidate | None
+    correction: float
     reason: str
     remedy: str
+    stopped: str
+
+    def save_json(self, path: Any) -> Any:
+        """Write every figure, for programs. Returns the path."""
+        from .tuning_figures import save_json
+
+        return save_json(self, path)
 
     def save_picture(self, path: Any) -> Any:
         """Draw time against kept share; needs matplotlib, the extra `plot`. Returns the path."""
@@ -102,8 +78,10 @@ def tune(
     memory: int | None = None,
     device: torch.device | str | None = None,
     card: Card | None = None,
-    measure: int = 6,
+    measure: int = 8,
+    seconds: float = 120.0,
     progress: Callable[[str], object] = lambda _: None,
+    so_far: Callable[[Tuning], object] = lambda _: None,
 ) -> Tuning:
     """Recommend a pyramid for a layer.
 
@@ -114,62 +92,61 @@ def tune(
         device: where to measure; by default the GPU, or the CPU where there is none.
         card: the rates to predict with, such as `lighthouse_fx.cost.H100`; by default they are measured on the device.
         measure: how many candidates to measure, the predicted best first; 0: predict only, which with a card needs no GPU.
+        seconds: to measure for; no measurement is begun that is expected to end later, and the model answers for the rest.
         progress: is told what is measured next.
+        so_far: is given the answer after every measurement, as it would be if that were the last.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
     """
-    _check(shape, share=share, memory=memory, card=card, measure=measure)
+    _check(shape, share=share, memory=memory, card=card, measure=measure, seconds=seconds)
+    end = time.monotonic() + seconds
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if card is None:
         progress("the rates of this machine")
         card = measure_card(device, shape.dtype)
-    found = [
-        Candidate(config=config, length=shape.length, gathered=_gathered(shape, config), predicted=predict(shape, config, card))
-        for config in candidates(shape.length)
-    ]
+    found = predicted(shape, card)
     dense = predict_dense(shape, card)
-    dense_measured = False
-    for place in range(measure):
-        candidate = _next(found, share * dense, memory)
-        if candidate is None:
-            break
-        progress(f"{label(candidate)}, {place + 1} of at most {measure}")
-        wanted = not dense_measured and dense < _LONGEST_DENSE_MS
-        result = _measured(candidate, shape, device, card, dense=wanted)
-        if result.measured and result.measured.dense:
-            dense, dense_measured = result.measured.dense[1], True
-        found[found.index(candidate)] = result
-    found.sort(key=lambda c: (c.kept, c.config.levels, c.milliseconds))
-    best, reason, remedy = _recommended(found, dense, share=share, memory=memory, measured_only=measure > 0)
-    return Tuning(
-        shape=shape,
-        card=card,
-        dense=dense,
-        dense_measured=dense_measured,
-        share=share,
-        memory=memory,
-        candidates=tuple(found),
-        recommended=best,
-        reason=reason,
-        remedy=remedy,
-    )
+    # A quarter of the time at most: it is one figure of many.
+    dense_measured = measure > 0 and bool(found) and _RUNS * dense / 1000 < (end - time.monotonic()) / 4
+    if dense_measured:
+        progress("dense attention")
+        try:
+            dense = measure_dense(shape, device)
+        except torch.OutOfMemoryError:
+            dense_measured = False
 
+    def answer(stopped: str = "") -> Tuning:
+        ratio = _correction(found)
+        corrected = sorted((_corrected(c, ratio) for c in found), key=lambda c: (c.kept, c.config.levels, c.milliseconds))
+        best, reason, remedy = _recommended(corrected, dense, share=share, memory=memory)
+        return Tuning(
+            shape=shape,
+            card=card,
+            dense=dense,
+            dense_measured=dense_measured,
+            share=share,
+            memory=memory,
+            candidates=tuple(corrected),
+            recommended=best,
+            correction=ratio,
+            reason=reason,
+            remedy=remedy,
+            stopped=stopped,
+        )
 
-def candidates(length: int) -> Iterator[LighthouseConfig]:
-    """The pyramids that are worth a look over so many tokens, the start first; each keeps another number of entries."""
-    start = max(1, length // _TOKENS_PER_WINDOW)
-    seen: set[tuple[int, int]] = set()
-    for levels in _LEVELS:
-        for pooling in _POOLINGS:
-            for scale in _TOPK_SCALES:
-                config = replace(_START, levels=levels, pooling=pooling, topk=_whole(start * scale))
-                pyramid = pyramid_over(length, config)
-                kept = int(pyramid.gathered) / length
-                if pyramid.coarse < 2 or kept > _START.max_kept or (levels, int(pyramid.gathered)) in seen:
-                    continue
-                seen.add((levels, int(pyramid.gathered)))
-                yield config
+    longest = 0.0
+    wanted = min(measure, len(found))
+    for place in range(wanted):
+        begun = time.monotonic()
+        candidate = _next(found, share * dense, memory, (end - begun) / _RUNS)
+        if candidate is None or begun + longest > end:
+            return answer(f"{place} of {wanted} candidates were measured in the {seconds:g} s given")
+        progress(f"{candidate.label}, {place + 1} of at most {wanted}")
+        found[found.index(candidate)] = _measured(candidate, shape, device)
+        longest = max(longest, time.monotonic() - begun)
+        so_far(answer())
+    return answer()
 
 
 def shape_of(model: Any, length: int, *, dtype: str | None = None) -> LayerShape:
@@ -202,30 +179,27 @@ def shape_of(model: Any, length: int, *, dtype: str | None = None) -> LayerShape
     )
 
 
-def label(candidate: Candidate) -> str:
-    """A candidate in a few signs: levels, pooling, windows."""
-    return f"L{candidate.config.levels} p{candidate.config.pooling} k{candidate.config.topk:,}"
-
-
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
 def _recommended(
-    found: list[Candidate], dense: float, *, share: float, memory: int | None, measured_only: bool
+    found: list[Candidate], dense: float, *, share: float, memory: int | None
 ) -> tuple[Candidate | None, str, str]:
     """The one, why, and what would change a refusal. Where some were measured, only those are recommended."""
-    usable = [c for c in found if not c.failure and (c.measured or not measured_only)]
-    if not usable:
+    tried = [c for c in found if c.measured]
+    usable = tried or [c for c in found if not c.failure]
+    if not usable or (not tried and len(usable) < len(found)):
         return None, "no pyramid could be measured" if found else "the sequence is too short for any pyramid", (
             "give a longer sequence, or measure=0 to have the cost predicted"
         )
     fast = [c for c in usable if c.milliseconds <= share * dense]
     if not fast:
         best = min(usable, key=lambda c: c.milliseconds)
+        needed = best.milliseconds / dense + 0.01
         return None, (
             f"no pyramid takes at most {share:.0%} of the dense {dense:.3g} ms; "
-            f"the fastest, {label(best)}, takes {best.milliseconds / dense:.0%}"
-        ), f"stay dense at this length, or allow share={min(1.0, best.milliseconds / dense + 0.01):.2f}"
+            f"the fastest, {best.label}, takes {best.milliseconds / dense:.0%}"
+        ), f"allow share={needed:.2f}" if needed <= 1 else "Lighthouse gains with longer sequences"
     fits = [c for c in fast if memory is None or c.memory <= memory]
     if not fits:
         least = min(c.memory for c in fast)
@@ -234,50 +208,55 @@ def _recommended(
         ), f"allow memory={least}, or shorten the sequence"
     best = max(fits, key=_rank)
     return best, (
-        f"keeps the most of the sequence, {best.kept:.1%}, of those that take at most {share:.0%} of dense attention's time"
+        f"keeps the most of the sequence, {best.kept:.1%}, of those {'measured' if tried else 'predicted'} "
+        f"that take at most {share:.0%} of dense attention's time"
         + ("" if memory is None else f" and {memory / 1e6:,.0f} MB")
     ), ""
 
 
-def _next(found: list[Candidate], limit: float, memory: int | None) -> Candidate | None:
-    """What to measure next: the best by the rule as far as can be predicted, or else the fastest; None after the last.
+def _next(found: list[Candidate], limit: float, memory: int | None, longest: float) -> Candidate | None:
+    """What to measure next: the start, then the best by the rule as far as can be predicted, or else the fastest.
 
-    Predictions are corrected by what the measurements so far were off, so a poor model of a card costs measurements only.
+    Only what takes `longest` seconds at most; None: nothing is left that does.
     """
-    ratios = [c.measured.layer[1] / c.predicted.milliseconds for c in found if c.measured]
-    limit /= median(ratios) if ratios else 1.0
-    rest = [c for c in found if not c.measured and not c.failure]
-    fast = [c for c in rest if c.milliseconds <= limit and (memory is None or c.memory <= memory)]
-    if fast:
-        return max(fast, key=_rank)
-    return min(rest, key=lambda c: c.milliseconds, default=None)
+    ratio = _correction(found)
+    rest = [c for c in (_corrected(c, ratio) for c in found) if not c.measured and not c.failure]
+    rest = [c for c in rest if c.milliseconds / 1000 <= longest]
+    fits = [c for c in rest if memory is None or c.memory <= memory]
+    fast = [c for c in fits if c.milliseconds <= limit]
+    if any(c.config == found[0].config for c in fits):
+        return found[0]
+    best = max(fast, key=_rank) if fast else min(fits or rest, key=lambda c: c.milliseconds, default=None)
+    return None if best is None else next(c for c in found if c.config == best.config)
+
+
+def _correction(found: list[Candidate]) -> float:
+    """How much longer the measured ones took than was predicted, so that a poor model of a card costs measurements only."""
+    ratios = [c.measured.milliseconds / c.predicted.milliseconds for c in found if c.measured]
+    return median(ratios) if ratios else 1.0
+
+
+def _corrected(candidate: Candidate, ratio: float) -> Candidate:
+    if candidate.measured:
+        return candidate
+    cost = candidate.predicted
+    return replace(candidate, predicted=replace(cost, milliseconds=ratio * cost.milliseconds))
 
 
 def _rank(candidate: Candidate) -> tuple[float, int, float]:
     """The rule's order, the best last."""
-    return round(candidate.kept, 2), -candidate.config.levels, -candidate.milliseconds
+    return round(candidate.kept, 2), -abs(candidate.config.levels - START.levels), -candidate.milliseconds
 
 
-def _measured(
-    candidate: Candidate, shape: LayerShape, device: torch.device, card: Card, *, dense: bool
-) -> Candidate:
+def _measured(candidate: Candidate, shape: LayerShape, device: torch.device) -> Candidate:
     try:
-        times = measure_layer(shape, candidate.config, device, bandwidth=card.bandwidth, dense=dense)
+        milliseconds, memory = measure_function(shape, candidate.config, device)
     except torch.OutOfMemoryError:
         return replace(candidate, failure="out of memory")
-    return replace(candidate, measured=times)
+    return replace(candidate, measured=Measured(milliseconds=milliseconds, memory=memory))
 
 
-def _gathered(shape: LayerShape, config: LighthouseConfig) -> int:
-    return int(pyramid_over(shape.length, config).gathered)
-
-
-def _whole(topk: float) -> int:
-    """A number of windows that tiles divide well: a multiple of the usual quota where it is larger than that."""
-    return max(1, round(topk)) if topk < _QUOTA else round(topk / _QUOTA) * _QUOTA
-
-
-def _check(shape: Any, *, share: Any, memory: Any, card: Any, measure: Any) -> None:
+def _check(shape: Any, *, share: Any, memory: Any, card: Any, measure: Any, seconds: Any) -> None:
     if not isinstance(shape, LayerShape):
         raise TypeError(f"shape={shape!r} is a {type(shape).__name__}: give a LayerShape, or shape_of(model, length)")
     for name in ("length", "heads", "groups", "dim"):
@@ -296,3 +275,5 @@ def _check(shape: Any, *, share: Any, memory: Any, card: Any, measure: Any) -> N
         raise TypeError(f"card={card!r} is a {type(card).__name__}: give a Card, such as lighthouse_fx.cost.H100")
     if isinstance(measure, bool) or not isinstance(measure, int) or measure < 0:
         raise ValueError(f"measure={measure!r}: give how many candidates to measure, 0 to predict only")
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: give how many seconds to measure for, such as 120")

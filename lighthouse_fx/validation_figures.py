@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .extras import new_figure, save_figure
 from .passkey import CHANCE, PasskeyResult
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def save_positions(result: Validation, path: Path) -> None:
     """Loss by where in the window a token is, dense and under Lighthouse attention."""
-    figure = _figure(8, 4.8)
+    figure = new_figure(8, 4.8)
     axes = figure.subplots()
     edges = [result.positions[0].start, *(at.end for at in result.positions)]
     axes.stairs([at.dense for at in result.positions], edges, baseline=None, color="#1f5fa8", linewidth=2, label="dense")
@@ -29,12 +30,12 @@ def save_positions(result: Validation, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def save_passkeys(result: PasskeyResult, path: Path, *, title: str) -> None:
     """A heat map: the share of digits found."""
-    figure = _figure(2.6 + 0.9 * len(result.lengths), 1.6 + 0.55 * len(result.depths))
+    figure = new_figure(2.6 + 0.9 * len(result.lengths), 1.6 + 0.55 * len(result.depths))
     axes = figure.subplots()
     shares = [list(row) for row in zip(*result.found, strict=True)]  # depth by length
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
@@ -47,15 +48,7 @@ def save_passkeys(result: PasskeyResult, path: Path, *, title: str) -> None:
     axes.set(xlabel="tokens of the prompt", ylabel="depth of the digit")
     axes.set_title(f"{title}: passkeys found\n{result.accuracy:.0%} of all, guessing {CHANCE:.0%}", fontsize=10)
     figure.colorbar(image, format=lambda share, _: f"{share:.0%}")
-    figure.savefig(path, dpi=130)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures are drawn with matplotlib: pip install 'lighthouse-fx[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    save_figure(figure, path)
 
 
 def _tokens(count: int) -> str:

@@ -22,6 +22,7 @@ DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
 EXCLUDED = "lighthouse_excluded"  # a Refusal: the whole graph is a layer that stays dense, in every stage
 PACKED = "lighthouse_packed"  # (B, N): documents of this shape are on, and the graph may have an input for them
 DOCUMENTS = "lighthouse_documents"  # a placeholder of int32 [B, N]: where each token's document begins, for every call
+KNOWN = "lighthouse_documents_known"  # likewise, int64 [B, 4] on the CPU: what it knows of them (`known_documents.py`)
 LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
 TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
 MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one

@@ -1,13 +1,15 @@
-"""Give a graph an input for documents, where they are on.
+"""Give a graph inputs for documents, where they are on.
 
 Before:
     out = scaled_dot_product_attention(q, k, v, is_causal=True)
 
 After:
-    lighthouse_documents                                    # an input more, the last: `gm.meta[DOCUMENTS]`
+    lighthouse_documents                                    # two inputs more, the last: `gm.meta[DOCUMENTS]`
+    lighthouse_documents_known                              # and `gm.meta[KNOWN]`
     out = scaled_dot_product_attention(q, k, v, is_causal=True)
 
-It has the batch and the length of a call's queries, symbolic where those are, so that documents need no graph per length.
+The first has the batch and the length of a call's queries, symbolic where those are, so that documents need no graph per
+length. The second lies on the CPU and says how many they are and how long, so that they need no graph per number either.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ import sympy  # type: ignore[import-untyped]
 import torch
 from torch import fx
 
-from .call import CALLS, DOCUMENTS, PACKED, AttentionCall, fake
+from ..kernels.known_documents import FIELDS
+from .call import CALLS, DOCUMENTS, KNOWN, PACKED, AttentionCall, fake
 
 Sizes = Callable[[Sequence[Any]], tuple[int, int]]
 
 
 def add_document_input(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
-    """Add the input where a call could use it: one that fits the documents that are on, if there is one."""
+    """Add the inputs where a call could use them: of a shape that fits the documents that are on, if there is one."""
     packed = gm.meta.get(PACKED)
     if packed is None:
         return gm
@@ -35,13 +38,16 @@ def add_document_input(gm: fx.GraphModule, example_inputs: Sequence[Any], *, con
     query = next((x for x in queries if (_hint(x.shape[0]), _hint(x.shape[2])) == packed), next(iter(queries), None))
     if query is None:
         return gm
-    last = list(gm.graph.find_nodes(op="placeholder"))[-1:]
-    with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before():
-        node = gm.graph.placeholder("lighthouse_documents")
     with torch.no_grad():
-        node.meta["example_value"] = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int32)
-    node._dynamo_source = None  # no variable of the user's: AOTAutograd asks for the attribute
-    gm.meta[DOCUMENTS] = node
+        starts = query.new_empty((query.shape[0], query.shape[2]), dtype=torch.int32)
+        on_cpu = query.new_empty((query.shape[0], FIELDS), dtype=torch.int64, device="cpu")
+    for name, value in ((DOCUMENTS, starts), (KNOWN, on_cpu)):
+        last = list(gm.graph.find_nodes(op="placeholder"))[-1:]
+        with gm.graph.inserting_after(last[0]) if last else gm.graph.inserting_before():
+            node = gm.graph.placeholder(name)
+        node.meta["example_value"] = value
+        node._dynamo_source = None  # no variable of the user's: AOTAutograd asks for the attribute
+        gm.meta[name] = node
     return gm
 
 

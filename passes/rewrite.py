@@ -20,7 +20,8 @@ FlexAttention is given (`kernels/block_lists.py`).
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
 Where it stays inside documents, `inner` is `lighthouse_fx.attention_in_documents`, and it, select and scatter also take where
-each token's document begins. A call that stays dense and is kept inside documents becomes that alone, on all tokens:
+each token's document begins, and it alone what the CPU knows of documents. A call that stays dense and is kept inside
+documents becomes that alone, on all tokens:
     inner   = lighthouse_fx.attention_in_documents(q, k, v, arange(N), starts, ...)
 """
 
@@ -41,7 +42,7 @@ from lighthouse_fx.config import LighthouseConfig
 from ..kernels import REVISION
 from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
-from .call import CALLS, DOCUMENTS, AttentionCall, fake
+from .call import CALLS, DOCUMENTS, KNOWN, AttentionCall, fake
 from .check import pyramid_of
 from .find import is_attention
 from .regions import Region, brought
@@ -65,7 +66,7 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
     for index, call in enumerate(gm.meta[CALLS]):
         call.node.meta[REWRITTEN_FROM] = index
         if call.replaced:
-            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS))
+            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS), gm.meta.get(KNOWN))
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -100,7 +101,12 @@ def _origin(node: Any, region: Region) -> Any:
 
 
 def _rewrite(
-    call: AttentionCall, config: LighthouseConfig, index: int, mask_users: str, documents: fx.Node | None
+    call: AttentionCall,
+    config: LighthouseConfig,
+    index: int,
+    mask_users: str,
+    documents: fx.Node | None,
+    known: fx.Node | None,
 ) -> None:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
@@ -138,6 +144,7 @@ def _rewrite(
         starts: tuple[fx.Node, ...] = ()
         if call.documents is not None and call.documents is documents:
             starts = (brought(documents, call.region),)
+            known = brought(known, call.region) if known is not None else None
         elif call.documents is not None:
             fakes[call.documents] = call.documents.meta["example_value"]
             like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
@@ -184,8 +191,9 @@ def _rewrite(
         if starts:
             inner = function(
                 _OPS.attention_in_documents.default,
-                *gathered, entries, *starts, levels, pooling, call.dropout_p, call.scale, call.enable_gqa,
-                config.max_documents, config.kernel,
+                *gathered, entries, *starts, levels, pooling, config.topk, config.quota or 0,
+                call.dropout_p, call.scale, call.enable_gqa,
+                config.max_documents, resolved(out.device, config.kernel), known if call.documents is documents else None,
                 value=attended,
             )  # fmt: skip
         elif not has_choice(out.device, config.kernel):

@@ -2,16 +2,18 @@
 
 import json
 import math
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lighthouse_fx.cli import main
+from lighthouse_fx.cli import main, new_parser
 from lighthouse_fx.command_validate import windows
 
 PYRAMID = ["--levels", "3", "--pooling", "2", "--topk", "8"]
-COMMANDS = ("bench", "explain", "report", "validate")
+COMMANDS = ("bench", "explain", "profile", "report", "tune", "validate")
 
 MODULE = """
 import torch
@@ -55,19 +57,42 @@ def test_bench(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help(command, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([command, "--help"])
+def help_of(*command):
+    """What a terminal of 80 columns shows."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setenv("COLUMNS", "80")
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, "--help"])
     assert stopped.value.code == 0
-    assert f"usage: lighthouse {command}" in capsys.readouterr().out
+    return printed.getvalue()
 
 
-def test_help_lists_the_commands(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    printed = capsys.readouterr().out
+def examples():
+    """The command lines that the helps give as examples."""
+    return [line.strip() for name in COMMANDS for line in help_of(name).partition("examples:\n")[2].splitlines()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    printed = help_of(command)
+    assert f"usage: lighthouse {command}" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert printed.count(f"\n  lighthouse {command} ") >= 2, "examples"
+
+
+@pytest.mark.parametrize("line", examples())
+def test_examples_of_the_help(line):
+    """All are understood; those that need no GPU, no files of the user's and no compiler run."""
+    program, *arguments = line.split()
+    assert program == "lighthouse" and new_parser().parse_args(arguments).run
+    if "--predict" in arguments:
+        assert main(arguments) == 0
+
+
+def test_help_lists_the_commands():
+    printed = help_of()
     assert all(f"    {command} " in printed for command in COMMANDS)
+    assert max(map(len, printed.splitlines())) <= 80 and len(printed.splitlines()) < 20
 
 
 def test_explain_a_function(here, capsys):

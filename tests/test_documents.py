@@ -27,6 +27,7 @@ import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
 from lighthouse_fx.kernels import REVISION, Pyramid, documents
 from lighthouse_fx.kernels import ops as registered
+from lighthouse_fx.kernels.sequences import bounds_of
 
 OPS = torch.ops.lighthouse_fx
 
@@ -183,9 +184,9 @@ def test_crowded_out_is_what_is_missing():
 
 def test_bounds_of_the_sequences_that_flash_attention_gets():
     segments = torch.tensor([[[0, 0, 2, 2, 9], [0, 0, 0, 2, 2]]], dtype=torch.int32)
-    assert documents._bounds(segments, 3).tolist() == [0, 2, 4, 5, 8, 10, 10, 10, 10]
+    assert bounds_of(segments, 8, most=3).tolist() == [0, 2, 4, 5, 8, 10, 10, 10, 10]
     with pytest.raises(RuntimeError, match="more than max_documents=1 documents"):
-        documents._bounds(segments, 1)
+        bounds_of(segments, 4, most=1)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

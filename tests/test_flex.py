@@ -79,7 +79,7 @@ def call_of(function, *tensors):
 def with_gradients(function, tensors):
     out = function(*tensors)
     torch.manual_seed(1)
-    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), tensors)
+    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype, device=out.device)).sum(), tensors)
 
 
 @pytest.mark.parametrize("groups", [H, G])

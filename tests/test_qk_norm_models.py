@@ -1,18 +1,16 @@
 """Qwen3, OLMo 2 and Gemma 3 from transformers: whole, layer by layer and checkpointed, scored by their raw projections."""
 
+import language_models
 import pytest
 import torch
-import torch.nn.functional as F
-from small_models import FIELDS, passes_only
+from language_models import assert_same, loss_and_gradients, tokens
+from small_models import CONFIG, FIELDS, passes_only
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig
 
 transformers = pytest.importorskip("transformers")
 
-LAYERS, TOKENS, D = 2, 72, 8
-CONFIG = LighthouseConfig(**FIELDS)
-EXACT = {"rtol": 1e-8, "atol": 1e-10}
+LAYERS, D = 2, 8
 SIZES = dict(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
     num_key_value_heads=2, use_cache=False, pad_token_id=0, bos_token_id=0, eos_token_id=0,
@@ -52,38 +50,18 @@ def model(request):
     return model
 
 
-def tokens():
-    return torch.randint(0, 96, (2, TOKENS))
-
-
-def loss_and_gradients(model, run, ids):
-    logits = run(input_ids=ids).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
 def by_functional_form(model, ids, raw=True):
     """The eager model with its attention replaced by the functional form, given what the norms were given."""
     given = {}
     norms = [norm for layer in model.model.layers for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)]
     hooks = [norm.register_forward_pre_hook(lambda norm, args: given.update({norm: args[0]})) for norm in norms]
 
-    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        scored = [AS_HEADS[model.name](given[norm]) if raw else None for norm in (module.q_norm, module.k_norm)]
-        out = lighthouse_fx.lighthouse_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True, config=CONFIG,
-            score_query=scored[0], score_key=scored[1],
-        )  # fmt: skip
-        return out.transpose(1, 2), None
+    def scored(module):
+        return [AS_HEADS[model.name](given[norm]) if raw else None for norm in (module.q_norm, module.k_norm)]
 
-    transformers.AttentionInterface.register("lighthouse_oracle", attention)
-    own = model.config._attn_implementation
-    model.set_attn_implementation("lighthouse_oracle")
     try:
-        return loss_and_gradients(model, model, ids)
+        return language_models.by_functional_form(model, ids, CONFIG, scored)
     finally:
-        model.set_attn_implementation(own)
         for hook in hooks:
             hook.remove()
 
@@ -98,7 +76,7 @@ def test_compiled_whole(model):
     ids = tokens()
     found = loss_and_gradients(model, torch.compile(model, backend=passes_only, options=FIELDS, fullgraph=True), ids)
     assert_scored_raw(lighthouse_fx.reports()[-1].calls, LAYERS)
-    torch.testing.assert_close(found, by_functional_form(model, ids), **EXACT)
+    assert_same(found, by_functional_form(model, ids))
     assert not torch.allclose(found[0], by_functional_form(model, ids, raw=False)[0], rtol=1e-6)
 
 
@@ -111,7 +89,7 @@ def test_compiled_layer_by_layer(model):
     found = loss_and_gradients(model, model, ids)
     for report in lighthouse_fx.reports()[before:]:
         assert_scored_raw(report.calls, 1)
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same(found, expected)
 
 
 def test_checkpointed(model):
@@ -120,4 +98,4 @@ def test_checkpointed(model):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     found = loss_and_gradients(model, torch.compile(model, backend=passes_only, options=FIELDS, fullgraph=True), ids)
     assert_scored_raw(lighthouse_fx.reports()[-1].calls, LAYERS)
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same(found, expected)

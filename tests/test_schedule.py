@@ -33,7 +33,7 @@ def kinds(schedule, micro=1):
 
 @pytest.mark.parametrize(
     "how, expected",
-    [({"fraction": 0.625}, 5), ({"lighthouse_steps": 3}, 3), ({"fraction": 0}, 0), ({"lighthouse_steps": 0}, 0)],
+    [({"fraction": 0.625}, 5), ({"lighthouse_steps": 3}, 3), ({"fraction": 0}, 0), ({"lighthouse_steps": 0}, 0), ({}, 4)],
 )
 def test_the_stage_follows_from_the_step(how, expected):
     schedule = TwoStage(8, **how)
@@ -390,7 +390,6 @@ def test_a_step_is_finished_once():
     [
         ({"total_steps": 0, "fraction": 0.5}, "total_steps=0"),
         ({"total_steps": 4.0, "fraction": 0.5}, "total_steps=4.0 is a float"),
-        ({"total_steps": 4}, "lighthouse_steps=None and fraction=None: give one"),
         ({"total_steps": 4, "lighthouse_steps": 2, "fraction": 0.5}, "give one"),
         ({"total_steps": 4, "lighthouse_steps": 5}, "lighthouse_steps=5 is more than total_steps=4"),
         ({"total_steps": 4, "lighthouse_steps": True}, "lighthouse_steps=True"),

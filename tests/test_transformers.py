@@ -2,84 +2,27 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from small_models import FIELDS, passes_only
+from language_models import (
+    EXACT,
+    FUSED,
+    LAYERS,
+    MODELS,
+    TOKENS,
+    assert_same,
+    by_functional_form,
+    layers,
+    llama,
+    loss_and_gradients,
+    tokens,
+)
+from small_models import CONFIG, FIELDS, passes_only
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig
-
-transformers = pytest.importorskip("transformers")
-
-LAYERS, TOKENS = 3, 72
-CONFIG = LighthouseConfig(**FIELDS)
-TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
-FUSED = {"rtol": 1e-4, "atol": 1e-7}  # Llama's norm computes in float32 even in a float64 model; Inductor fuses it
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, use_cache=False,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        vocab_size=96, n_positions=128, n_embd=32, n_layer=LAYERS, n_head=4, use_cache=False,
-        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config)
-
-
-MODELS = {"llama": llama, "gpt2": gpt2}
 
 
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]().double()
-
-
-def tokens():
-    return torch.randint(0, 96, (2, TOKENS))
-
-
-def layers(model):
-    return model.model.layers if hasattr(model, "model") else model.transformer.h
-
-
-def loss_and_gradients(model, run, ids):
-    logits = run(input_ids=ids).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-
-
-def by_functional_form(model, ids):
-    """The model with its attention replaced by the functional form, by transformers' own registry of attentions.
-
-    Compiled whole, transformers repeats keys and values before the attention, which the passes undo.
-    """
-
-    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-        out = lighthouse_fx.lighthouse_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True, config=CONFIG
-        )
-        return out.transpose(1, 2), None
-
-    transformers.AttentionInterface.register("lighthouse_oracle", attention)
-    own = model.config._attn_implementation
-    model.set_attn_implementation("lighthouse_oracle")
-    try:
-        return loss_and_gradients(model, model, ids)
-    finally:
-        model.set_attn_implementation(own)
-
-
-def assert_same(found, expected, tolerance=TOLERANCE):
-    torch.testing.assert_close(found[0], expected[0], **tolerance)
-    for name, value in expected[1].items():
-        torch.testing.assert_close(found[1][name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_compiled_whole(model):
@@ -89,7 +32,7 @@ def test_compiled_whole(model):
     report = lighthouse_fx.reports()[-1]
     assert report.rewritten == len(report.calls) == LAYERS, report.summary()
     assert all(call.is_causal for call in report.calls)
-    assert_same(found, by_functional_form(model, ids))
+    assert_same(found, by_functional_form(model, ids, CONFIG))
 
 
 def test_the_mask_leaves_the_graph(model):
@@ -103,7 +46,7 @@ def test_the_mask_leaves_the_graph(model):
 
 def test_compiled_layer_by_layer(model):
     ids = tokens()
-    expected = by_functional_form(model, ids)
+    expected = by_functional_form(model, ids, CONFIG)
     before = len(lighthouse_fx.reports())
     for layer in layers(model):
         layer.compile(backend=passes_only, options=dict(FIELDS), fullgraph=True)
@@ -120,7 +63,7 @@ def test_through_inductor_with_checkpointing():
     run = torch.compile(model, backend="lighthouse", options=FIELDS)
     found = loss_and_gradients(model, run, ids)
     assert lighthouse_fx.reports()[-1].rewritten == LAYERS
-    assert_same(found, by_functional_form(model, ids), FUSED)
+    assert_same(found, by_functional_form(model, ids, CONFIG), FUSED)
 
 
 def test_inference_is_the_dense_model(model):
@@ -128,7 +71,7 @@ def test_inference_is_the_dense_model(model):
     run = torch.compile(model, backend=passes_only, options=FIELDS)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(run(input_ids=ids).logits, model(input_ids=ids).logits, **TOLERANCE)
+        torch.testing.assert_close(run(input_ids=ids).logits, model(input_ids=ids).logits, **EXACT)
     assert lighthouse_fx.reports()[-1].rewritten == 0
 
 

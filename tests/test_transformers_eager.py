@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from small_models import FIELDS, passes_only
-from test_transformers import (
-    CONFIG,
+from language_models import (
     FUSED,
     LAYERS,
     MODELS,
@@ -14,6 +12,7 @@ from test_transformers import (
     loss_and_gradients,
     tokens,
 )
+from small_models import CONFIG, FIELDS, passes_only
 
 import lighthouse_fx
 
@@ -32,7 +31,7 @@ def test_compiled_whole(model):
     report = lighthouse_fx.reports()[-1]
     assert report.rewritten == len(report.calls) == LAYERS, report.summary()
     assert all(call.is_causal for call in report.calls)
-    assert_same(found, by_functional_form(model, ids), FUSED)  # Llama's softmax is in float32, ours is not
+    assert_same(found, by_functional_form(model, ids, CONFIG), FUSED)  # Llama's softmax is in float32, ours is not
 
 
 def test_nothing_square_is_left(model):

@@ -294,9 +294,9 @@ def test_norms_that_are_scored_are_caught(monkeypatch):
 def test_documents_that_one_op_does_not_get_are_caught(monkeypatch, op):
     right = rewriting._rewrite
 
-    def wrong(call, config, index, mask_users, documents):
+    def wrong(call, config, index, mask_users, documents, known):
         graph = call.node.graph
-        right(call, config, index, mask_users, documents)
+        right(call, config, index, mask_users, documents, known)
         (node,) = graph.find_nodes(op="call_function", target=getattr(torch.ops.lighthouse_fx, op).default)
         with graph.inserting_before(node):
             alone = graph.call_function(torch.zeros_like, (documents,))
