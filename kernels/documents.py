@@ -105,9 +105,8 @@ def _rising_starts(numbers: Tensor) -> Tensor:
 _library.impl("document_starts", _rising_starts, "CompositeImplicitAutograd")
 
 _BORDERS = (
-    "what a mask_mod reads as the {} token of each token's document is not that, so its mask is not that of documents in a "
-    "row: let each document's tokens, which lie side by side, all hold its {} token; or keep the attention dense, by "
-    "dense_layers or without the backend"
+    "what a mask_mod reads as the {} token of each token's document is not that, so its mask is another than that of documents: "
+    "let all tokens of a document hold its {} token, or keep the attention dense (dense_layers)"
 )
 
 
