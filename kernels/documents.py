@@ -105,8 +105,8 @@ def _rising_starts(numbers: Tensor) -> Tensor:
 _library.impl("document_starts", _rising_starts, "CompositeImplicitAutograd")
 
 _BORDERS = (
-    "what a mask_mod reads as the {} token of each token's document is not that, so its mask is another than that of documents: "
-    "let all tokens of a document hold its {} token, or keep the attention dense (dense_layers)"
+    "what a mask_mod reads as the {} token of each token's document is not that, so its mask is not that of documents: let "
+    "all tokens of a document hold its {} token, or keep the attention dense (dense_layers)"
 )
 
 
