@@ -93,6 +93,9 @@ _library.define(
 )
 _library.define("document_starts(Tensor numbers) -> Tensor")
 _library.define("document_numbers(Tensor query, Tensor[] tables, str holds) -> Tensor")
+_library.define(
+    "packed_starts(Tensor query, Tensor borders_q, Tensor borders_k, SymInt longest_q, SymInt longest_k) -> Tensor"
+)
 
 
 def _rising_starts(numbers: Tensor) -> Tensor:
@@ -130,6 +133,38 @@ def _numbers(query: Tensor, tables: list[Tensor], holds: str) -> Tensor:
 
 
 _library.impl("document_numbers", _numbers, "CompositeImplicitAutograd")
+
+
+def _packed_starts(query: Tensor, borders_q: Tensor, borders_k: Tensor, longest_q: int, longest_k: int) -> Tensor:
+    """Where each token's document begins, int32 `[1, N]`, from what flash-attn's variable-length functions are given.
+
+    They trust their borders, and leave undefined what lies outside; here borders that are wrong are an error.
+
+    Args:
+        query: `[1, H, N, D]`; borders_q, borders_k: int32 `[documents + 1]`, `[0, ..., N]`; longest_q, longest_k: at least the
+            length of the longest document.
+    """
+    tokens, lengths = query.shape[2], borders_q.diff()
+    assert_async(
+        (borders_q == borders_k).all(),
+        "cu_seqlens_q and cu_seqlens_k of flash_attn_varlen_func differ, so queries of one sequence attend to keys of another: "
+        "keep that layer dense (dense_layers), or give both the same borders",
+    )
+    assert_async(
+        (borders_q[0] == 0) & (borders_q[-1] == tokens) & (lengths >= 0).all(),
+        "cu_seqlens of flash_attn_varlen_func does not rise from 0 to the number of tokens: give [0, ..., N]",
+    )
+    assert_async(
+        ((lengths <= longest_q) & (lengths <= longest_k)).all(),
+        "max_seqlen of flash_attn_varlen_func is shorter than the longest document, whose end flash-attn leaves undefined: "
+        "give at least the length of the longest",
+    )
+    place = torch.arange(tokens, dtype=borders_q.dtype, device=borders_q.device)
+    document = torch.searchsorted(borders_q[1:], place, right=True)  # of several that begin at one token, the last
+    return borders_q[document.clamp(max=borders_q.shape[0] - 2)].int()[None]
+
+
+_library.impl("packed_starts", _packed_starts, "CompositeImplicitAutograd")
 
 
 def document_problem(query: Tensor, value: Tensor, kernel: str) -> str | None:

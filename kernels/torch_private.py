@@ -35,6 +35,7 @@ try:
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import _disable_current_modes as without_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
@@ -88,4 +89,5 @@ __all__ = [
     "run_backward",
     "set_grad_enabled",
     "trace_structured",
+    "without_modes",
 ]

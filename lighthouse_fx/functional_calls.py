@@ -1,122 +1,188 @@
-"""An eager model whose attention calls run as `lighthouse_attention`: the side of `verify` that knows no graph.
+"""The model's own graphs, in which attention runs as `lighthouse_attention`: the side of `verify` that nothing rewrote.
 
-    scaled_dot_product_attention(q, k, v, mask)   ->   lighthouse_attention(q, k, v, is_causal=True, documents=...)
+    dense = scaled_dot_product_attention(q, k, v, mask)     # or any other spelling: the model's own nodes
+    out   = functional(q, k, v, dense)                      # takes their place: lighthouse_attention(q, k, v, ...)
 
-Which calls, the report of the rewritten side says. What they compute follows from the call itself, the configuration and the
-documents that are on. One thing can only come from the graph: the queries and keys from before a norm (QK-norm), as the
-call has no trace of them. They are taken only where the report says that it is scored by them; everywhere else the scorer
-reads the call's own query and key.
+Which calls, the report of the rewritten side says. What they compute follows from the model's own nodes, the configuration
+and the documents that are on. The two sides share the passes that find attention and prove masks, so here the arguments that
+these found are held to the model: plain attention of them has to be what its own nodes compute. One thing can only come from
+the rewritten side, the queries and keys from before a norm (QK-norm). They are taken only where the report says that it is
+scored by them; everywhere else the scorer reads the call's own query and key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, fx
 
 from . import stage
 from .config import LighthouseConfig
 from .functional import lighthouse_attention
-from .kernels import REVISION, reference, select
+from .kernels import REVISION, select
+from .kernels.documents import starts_of
+from .kernels.torch_private import without_modes
 from .observed import ObservedCall, Observer
+from .passes import CALLS, PIPELINE, AttentionCall, Refusal
+from .passes.call import NO_GRADIENTS
+from .passes.flash_functions import find_flash_functions
+from .passes.masks import prove_masks
+from .passes.regions import regions
+from .plain_attention import erase, layout_of, plain, put_plain
+from .report import AttentionRecord
+from .verified import difference
+
+_FINDING = PIPELINE[: PIPELINE.index(prove_masks) + 1]
+_RANDOM = "the attention it replaces was not compared, as dropout makes it random"
+_NO_DTYPE = "the attention it replaces was not compared, as flash-attn takes neither float32 nor float64"
+_PLAIN = "computed as plain attention, as flash-attn takes neither float32 nor float64"
 
 
-class FunctionalCalls(TorchFunctionMode):
-    """Runs attention calls as `lighthouse_attention`, those that the rewritten run rewrote, and notes all of them."""
+class FunctionalGraphs:
+    """A backend that runs Dynamo's graphs op by op, with attention as `lighthouse_attention`, and notes all calls.
 
-    def __init__(self, config: LighthouseConfig, expected: Sequence[ObservedCall], observer: Observer) -> None:
-        super().__init__()
-        self.config, self.expected, self.observer = config, expected, observer
+    Args:
+        records: the calls of each graph of the rewritten run; expected: its calls as they ran, in order.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attention(*args, **(kwargs or {}))
-
-    def _attention(
+    def __init__(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        model = self._model(query) if self.observer.forward else self._again(query)
-        if model is None or model.record is None or not model.rewritten:
-            if stage.packed and model is not None and model.record is not None and model.record.inside_documents:
-                starts = documents_on(query.device)
-                assert starts is not None
-                attn_mask = (starts[:, :, None] == starts[:, None, :]).tril()[:, None]  # [B, 1, N, N]
-                is_causal = False
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-            self.observer.note(ObservedCall(False, (query, key, value), out))
+        config: LighthouseConfig,
+        records: Sequence[Sequence[AttentionRecord]],
+        expected: Sequence[ObservedCall],
+        observer: Observer,
+    ) -> None:
+        self.config, self.expected, self.observer = config, expected, observer
+        self._records = iter(records)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not torch.is_grad_enabled():
+            gm.meta[NO_GRADIENTS] = Refusal(reason="gradients are off")
+        gm.meta[CALLS] = ()
+        flash: set[fx.Node] = set()
+        for step in _FINDING:
+            before = {call.node for call in gm.meta[CALLS]}
+            gm = step(gm, example_inputs, config=self.config)
+            if step is find_flash_functions:
+                flash = {call.node for call in gm.meta[CALLS]} - before
+        records = next(self._records, ())
+        if len(records) != len(gm.meta[CALLS]):
+            raise unpaired(len(gm.meta[CALLS]), len(records))
+        for call, record in zip(gm.meta[CALLS], records, strict=True):
+            if call.region.opaque:
+                continue
+            if record.rewritten or (stage.packed and record.inside_documents and not call.own_documents):
+                self._insert(call, record, _NO_DTYPE if call.node in flash else _RANDOM if call.dropout_p else "")
+            elif call.node in flash and call.refusal is None:
+                self._note(put_plain(call), record, _PLAIN)
+            else:
+                self._note(call.node, record)
+        for region in regions(gm):
+            region.gm.recompile()
+        return gm
+
+    def _insert(self, call: AttentionCall, record: AttentionRecord, unknown: str) -> None:
+        """Put the functional form in a call's place, or attention inside documents.
+
+        `unknown` says why the model's own nodes are not run for comparison.
+        """
+        graph, node = call.node.graph, call.node
+        own = call.documents if isinstance(call.documents, fx.Node) else None
+        dense = None if unknown or not record.rewritten else node
+        with graph.inserting_after(node):
+            form = self._functional(call, record, unknown) if record.rewritten else self._kept_inside(call, record)
+            new = graph.call_function(form, (call.query, call.key, call.value, dense, own, call.dropout_p, call.scale))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if dense is None:
+            erase(call)
+
+    def _note(self, node: fx.Node, record: AttentionRecord, unknown: str = "") -> None:
+        """Note a call that stays as it is."""
+        with node.graph.inserting_after(node):
+            node.graph.call_function(lambda: self.observer.note(ObservedCall(False, record=record, unknown=unknown)))
+
+    def _kept_inside(self, call: AttentionCall, record: AttentionRecord) -> Callable[..., Tensor]:
+        """Dense attention inside the documents that are on."""
+        laid_out = layout_of(call)
+
+        def form(
+            query: Tensor, key: Tensor, value: Tensor, dense: None, own: None, dropout_p: float, scale: float | None
+        ) -> Tensor:
+            self.observer.note(ObservedCall(False, record=record))
+            return laid_out(plain(query, key, value, True, scale, documents_on(query.device), dropout_p))
+
+        return form
+
+    def _functional(self, call: AttentionCall, record: AttentionRecord, unknown: str) -> Callable[..., Tensor]:
+        is_causal, laid_out = bool(call.is_causal), layout_of(call)
+        special = record.scored != ""
+        config = replace(self.config, scorer=record.scorer) if special else self.config
+
+        def form(
+            query: Tensor, key: Tensor, value: Tensor, dense: Tensor | None, own: Tensor | None, dropout_p: float,
+            scale: float | None,
+        ) -> Tensor:  # fmt: skip
+            model = self._model(record) if self.observer.forward else self._again(record, query)
+            starts = documents_on(query.device) if own is None else starts_of(own)
+            apart = None
+            if dense is not None:
+                inside = None if own is None else starts
+                with torch.no_grad():
+                    apart = difference([dense], [laid_out(plain(query, key, value, is_causal, scale, inside))])
+            times = key.shape[1] // model.tensors[1].shape[1]
+            narrow = [x[:, ::times] for x in (key, value)]  # as many heads as the rewritten call has
+            if not all(torch.equal(x.repeat_interleave(times, 1), wide) for x, wide in zip(narrow, (key, value), strict=True)):
+                apart = math.inf
+            query, key, value = query.view_as(query), *narrow
+            scored = model.scored if special else (None, None)
+            out = laid_out(
+                lighthouse_attention(
+                    query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True, dropout_p=dropout_p,
+                    documents=starts, score_query=scored[0], score_key=scored[1], config=config,
+                )
+            )  # fmt: skip
+            q, k = (x.detach() if raw is None else raw for x, raw in zip((query, key), scored, strict=True))
+            entries, slots = select(
+                q, k, value.detach(), config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first,
+                config.scorer, config.dilation, is_causal, scale, REVISION, starts,
+            )  # fmt: skip
+            noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)
+            noted.scale, noted.is_causal, noted.dropout_p, noted.starts = scale, is_causal, dropout_p, starts
+            noted.dense, noted.unknown, noted.steps = apart, unknown, call.steps
+            self.observer.note(noted)
             return out
-        groups = model.tensors[1].shape[1]
-        key, value = (_unrepeated(x, groups) for x in (key, value))
-        is_causal = is_causal if attn_mask is None else _is_causal(attn_mask, query.shape[2])
-        special = model.record.scored != ""
-        config = replace(self.config, scorer=model.record.scorer) if special else self.config
-        scored = model.scored if special else (None, None)
-        starts = documents_on(query.device)
-        out = lighthouse_attention(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=True,
-            dropout_p=dropout_p,
-            documents=starts,
-            score_query=scored[0],
-            score_key=scored[1],
-            config=config,
-        )
-        q, k = (x.detach() if raw is None else raw for x, raw in zip((query, key), scored, strict=True))
-        entries, slots = select(
-            q, k, value.detach(), config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first,
-            config.scorer, config.dilation, is_causal, scale, REVISION, starts,
-        )  # fmt: skip
-        call = ObservedCall(True, (query, key, value), out, model.record, entries, slots, scored)
-        call.scale, call.is_causal, call.dropout_p = scale, is_causal, dropout_p
-        self.observer.note(call)
-        return out
 
-    def _model(self, query: Tensor) -> ObservedCall | None:
+        return form
+
+    def _model(self, record: AttentionRecord) -> ObservedCall:
+        """The call of the rewritten run that comes next."""
         place = len(self.observer.calls)
-        return self.expected[place] if place < len(self.expected) else None
+        if place >= len(self.expected) or self.expected[place].record is not record:
+            raise unpaired(place + 1, len(self.expected))
+        return self.expected[place]
 
-    def _again(self, query: Tensor) -> ObservedCall | None:
-        """A checkpoint runs a call again with the same query."""
-        return next((call for call in self.observer.calls if torch.equal(call.tensors[0], query)), None)
+    def _again(self, record: AttentionRecord, query: Tensor) -> ObservedCall:
+        """A checkpoint runs a call again with the same query. It watches the operations, and must not see the search."""
+        with without_modes():
+            return next(
+                expected
+                for call, expected in zip(self.observer.calls, self.expected, strict=False)
+                if call.record is record and call.rewritten and torch.equal(call.tensors[0], query)
+            )
+
+
+def unpaired(found: int, expected: int) -> RuntimeError:
+    """The error where the two runs do not make the same calls."""
+    return RuntimeError(
+        f"the model ran {found} attention calls in one run and {expected} in the other, so they cannot be paired: verify a "
+        "part of the model that runs the same calls each time"
+    )
 
 
 def documents_on(device: torch.device) -> Tensor | None:
     """Where each token's document begins, int32 `[B, N]`; None where no `documents(...)` is on."""
     return None if stage.documents is None else stage.documents.on(device)
-
-
-def _unrepeated(x: Tensor, groups: int) -> Tensor:
-    """Keys or values without repeated heads: `[B, H, N, D]` -> `[B, G, N, D]`."""
-    few = x[:, :: x.shape[1] // groups]
-    if not torch.equal(few.repeat_interleave(x.shape[1] // groups, 1), x):
-        raise RuntimeError(f"the rewrite took {x.shape[1]} heads for {groups} repeated ones, and they are not: report this")
-    return few
-
-
-def _is_causal(mask: Tensor, length: int) -> bool:
-    """Whether the mask of a call that was rewritten is the causal one. Otherwise it must hide nothing."""
-    if bool((mask if mask.dtype == torch.bool else mask == 0).all()):
-        return False
-    if not reference.is_causal_mask(mask.expand(*mask.shape[:-2], length, length)):
-        raise RuntimeError("the rewrite took an attention mask for the causal one, or for one of nothing: report this")
-    return True

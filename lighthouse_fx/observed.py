@@ -7,27 +7,36 @@ from functools import partial
 
 from torch import Tensor
 
+from .passes.call import Steps
 from .report import AttentionRecord
 
 
 @dataclass(slots=True)
 class ObservedCall:
-    """One attention call as it ran. `gradients` are those of query, key and value, as far as they need one.
+    """One attention call as it ran.
 
-    Of a call that was rewritten: `entries` int32 `[B, G, S]` and `slots` int32 `[B, G, P]`, the selection that it read, and
-    `scored`, what the scorer read in place of query and key, None where it read those.
+    Of a call that was rewritten: `tensors`, query, key and value; `out`; `gradients`, those of query, key and value, as far as
+    they need one; `entries` int32 `[B, G, S]` and `slots` int32 `[B, G, P]`, the selection that it read; `scored`, what the
+    scorer read in place of query and key, None where it read those.
+
+    Of its functional twin: `starts`, where documents begin; `steps`, which turn an output `[B, H, N, D]` into `out`; `dense`,
+    how far the model's own attention is from plain attention of these arguments. `unknown`: what was not compared, and why.
     """
 
     rewritten: bool
-    tensors: tuple[Tensor, Tensor, Tensor]
-    out: Tensor
-    record: AttentionRecord | None = None
+    record: AttentionRecord
+    tensors: tuple[Tensor, ...] = ()
+    out: Tensor | None = None
     entries: Tensor | None = None
     slots: Tensor | None = None
     scored: tuple[Tensor | None, Tensor | None] = (None, None)
     scale: float | None = None
     is_causal: bool = False
     dropout_p: float = 0.0
+    starts: Tensor | None = None
+    steps: Steps = ()
+    dense: float | None = None
+    unknown: str = ""
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, name: str, gradient: Tensor | None) -> None:
@@ -48,6 +57,6 @@ class Observer:
         if not self.forward:
             return
         self.calls.append(call)
-        for name, x in zip(("query", "key", "value"), call.tensors, strict=True):
+        for name, x in zip(("query", "key", "value"), call.tensors, strict=False):
             if x.requires_grad:
                 x.register_hook(partial(call.keep, name))

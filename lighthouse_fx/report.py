@@ -48,7 +48,7 @@ class AttentionRecord:
         scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
             configuration's, "" where it reads query and key as they are.
         assumed: whether it is rewritten because its mask is assumed to be causal (`assume_causal`), and checked in every step.
-        inside_documents: whether it stays inside documents: those of `documents(...)`, rewritten or dense, or its own mask's.
+        inside_documents: whether it stays inside documents: those of `documents(...)`, rewritten or dense, or the model's own.
         rewritten: whether it runs as Lighthouse attention; reason: why it does not; remedy: what would change that.
     """
 
@@ -254,7 +254,7 @@ def record(call: AttentionCall) -> AttentionRecord:
         scored=call.scored if call.refusal is None else "",
         ops=serving(query.device) if query is not None and call.refusal is None else "",
         assumed=call.replaced and call.unproved is not None,
-        inside_documents=call.documents is not None,
+        inside_documents=call.documents is not None or call.own_documents,
     )
 
 

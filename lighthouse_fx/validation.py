@@ -68,8 +68,8 @@ def validate(
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
     if stage.documents is not None:
         raise RuntimeError(
-            f"validate() was called inside documents(), {stage.documents}, which plain dense attention does not heed: call it "
-            "outside, with windows of one document each"
+            f"validate() was called inside documents(), {stage.documents}, which the uncompiled model does not heed, and its "
+            "dense losses are that model's: call it outside, with windows of one document each"
         )
     batches = _checked(data, batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

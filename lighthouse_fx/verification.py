@@ -1,12 +1,12 @@
 """`verify(model, ...)`: the rewritten model beside one that calls `lighthouse_attention`, on the user's own batch.
 
-    copy of the model -> Dynamo -> passes -> the rewritten graph, run op by op  \
-                                                                                 } outputs, gradients, loss: compared
-    copy of the model, eager; each call that was rewritten is the functional one /
+    copy of the model -> Dynamo -> passes -> the rewritten graphs             \
+                                                                               } run op by op: outputs, gradients, loss
+    copy of the model -> Dynamo -> each call that was rewritten is functional /
 
-The two share the ops but not the rewrite (`functional_calls.py` says the one thing that they do share). The selection that
-the rewritten graph made is compared with that of the functional side. The ops themselves are compared with their plain twins
-in `kernels/reference.py`.
+The two share the ops but not the rewrite (`functional_calls.py` says what they do share, and how that is held to the model).
+The selection that the rewritten graph made is compared with that of the functional side. The ops themselves are compared with
+their plain twins in `kernels/reference.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .backend import rewrite
 from .compiled import setting_of
 from .config import LighthouseConfig
 from .documents import heeded
-from .functional_calls import FunctionalCalls, documents_on
+from .functional_calls import FunctionalGraphs, unpaired
 from .kernels import reference
 from .kernels.documents import attention_in_documents
 from .kernels.torch_private import pytree, run_backward
@@ -34,12 +34,15 @@ from .passes import CALLS
 from .passes.check import pyramid_over
 from .passes.regions import regions
 from .passes.rewrite import REWRITTEN_FROM
+from .plain_attention import without_flash_attn
 from .report import AttentionRecord, GraphReport, Report
+from .tracing import compile_anew
 from .verified import Check, Quantity, Verification, difference
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    graphs: Sequence[GraphReport]
     calls: Sequence[ObservedCall]
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -58,7 +61,7 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
         config: the backend's options. By default those that the model was compiled with, as for `explain`.
 
     Returns:
-        `print(verification)` shows a table, `verification.passed` the verdict.
+        `print(verification)` shows a table, `verification.passed` the verdict, `verification.notes` what was not compared.
 
     Raises:
         TypeError: the model is no module, or the config no LighthouseConfig; ValueError: no attention call is rewritten, the
@@ -82,18 +85,27 @@ def verify(model: nn.Module, *args: Any, config: LighthouseConfig | None = None,
         )
     checks: list[Check] = []
     records: list[AttentionRecord] = []
+    notes: dict[str, None] = {}
     selected: list[list[Tensor]] = []
     for dtype in (torch.float64, torch.float32):  # the exact one first: where it fails, float32 says nothing new
         batch = _in_dtype((args, kwargs), dtype)
         rewritten = _rewritten(_copy(plain, dtype), batch, config)
-        functional = _functional(_copy(plain, dtype), batch, config, rewritten.calls)
+        functional = _functional(_copy(plain, dtype), batch, config, rewritten)
         found, slots = _compare(rewritten, functional, config, str(dtype).removeprefix("torch."))
         checks += found
         selected.append(slots)
-        records = [attention.record for attention in rewritten.calls if attention.record is not None]
+        records = [attention.record for attention in rewritten.calls]
+        notes |= dict.fromkeys(_not_compared(call) for call in functional.calls if call.unknown)
     moved = sum(_moved(a, b) for a, b in zip(*selected, strict=True))
     total = sum(int((slots >= 0).sum()) for slots in selected[0])
-    return Verification(title=type(plain).__name__, checks=tuple(checks), calls=tuple(records), moved=moved, entries=total)
+    return Verification(
+        title=type(plain).__name__,
+        checks=tuple(checks),
+        calls=tuple(records),
+        moved=moved,
+        entries=total,
+        notes=tuple(notes),
+    )
 
 
 # --- the two runs -----------------------------------------------------------------------------------------------------
@@ -106,13 +118,11 @@ def _rewritten(model: nn.Module, batch: Any, config: LighthouseConfig) -> _Run:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         report, gm = rewrite(gm, example_inputs, config)
         graphs.append(report)
+        without_flash_attn(gm)
         _observe(gm, report.calls, observer)
         return heeded(gm, gm, report.calls, config)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return model(*args, **kwargs)
-
-    run = _train(torch.compile(call, backend=backend, dynamic=False), model, batch, observer)
+    run = _train(compile_anew(model, backend), model, batch, observer, graphs)
     if not any(attention.rewritten for attention in run.calls):
         raise ValueError(
             f"model={type(model).__name__} has no attention call that is rewritten, so there is nothing to verify. "
@@ -125,20 +135,38 @@ def _observe(gm: fx.GraphModule, records: Sequence[AttentionRecord], observer: O
     """Call the observer after the last node of each attention call; the graph computes what it did."""
     for region in regions(gm):
         graph = region.gm.graph
-        last = {node.meta[REWRITTEN_FROM]: node for node in graph.nodes if REWRITTEN_FROM in node.meta}
-        scatters = graph.find_nodes(op="call_function", target=torch.ops.lighthouse_fx.scatter.default)
-        read = {node.meta[REWRITTEN_FROM]: node.args[1:3] for node in scatters if REWRITTEN_FROM in node.meta}
-        for index, node in last.items():
+        parts: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if REWRITTEN_FROM in node.meta:
+                parts.setdefault(node.meta[REWRITTEN_FROM], []).append(node)
+        for index, nodes in parts.items():
             call, record = gm.meta[CALLS][index], records[index]
-            if not all(isinstance(x, fx.Node) for x in (call.query, call.key, call.value)):
+            if region.opaque:
                 continue
-            selection = read.get(index, (None, None))
-            with graph.inserting_after(node):
+            if not record.rewritten:
+                with graph.inserting_after(nodes[-1]):
+                    graph.call_function(_noting_dense(observer, record))
+                continue
+            scatter = next((x for x in nodes if x.target is torch.ops.lighthouse_fx.scatter.default), None)
+            selection = scatter.args[1:3] if scatter is not None else (None, None)
+            tensors = [_alone(x, nodes) for x in (call.query, call.key, call.value)]
+            with graph.inserting_after(nodes[-1]):
                 graph.call_function(
-                    _noting(observer, record),
-                    (call.query, call.key, call.value, node, *selection, call.score_query, call.score_key),
+                    _noting(observer, record), (*tensors, nodes[-1], *selection, call.score_query, call.score_key)
                 )
         region.gm.recompile()
+
+
+def _alone(tensor: fx.Node, nodes: Sequence[fx.Node]) -> fx.Node:
+    """A view of a tensor that only these nodes use, so that its gradient is what they send back."""
+    users = [node for node in nodes if tensor in node.all_input_nodes]
+    if not users:
+        return tensor
+    with tensor.graph.inserting_before(users[0]):
+        alone = tensor.graph.call_method("view_as", (tensor, tensor))
+    for node in users:
+        node.replace_input_with(tensor, alone)
+    return alone
 
 
 def _noting(observer: Observer, record: AttentionRecord) -> Callable[..., None]:
@@ -149,24 +177,28 @@ def _noting(observer: Observer, record: AttentionRecord) -> Callable[..., None]:
         # Copied, as the functional run reads them after this one.
         scored = tuple(None if x is None else x.detach().clone() for x in raw)
         tensors = (query, key, value)
-        observer.note(ObservedCall(record.rewritten, tensors, out, record, entries, slots, (scored[0], scored[1])))
+        observer.note(ObservedCall(True, record, tensors, out, entries, slots, (scored[0], scored[1])))
 
     return note
 
 
-def _functional(model: nn.Module, batch: Any, config: LighthouseConfig, expected: Sequence[ObservedCall]) -> _Run:
+def _noting_dense(observer: Observer, record: AttentionRecord) -> Callable[[], None]:
+    return lambda: observer.note(ObservedCall(False, record))
+
+
+def _functional(model: nn.Module, batch: Any, config: LighthouseConfig, rewritten: _Run) -> _Run:
     observer = Observer()
-    with FunctionalCalls(config, expected, observer):
-        run = _train(model, model, batch, observer)
-    if len(run.calls) != len(expected):
-        raise RuntimeError(
-            f"model={type(model).__name__} ran {len(run.calls)} attention calls eagerly and {len(expected)} compiled, so "
-            "they cannot be paired: verify a part of the model that runs the same calls each time"
-        )
+    records = [graph.calls for graph in rewritten.graphs]
+    backend = FunctionalGraphs(config, records, rewritten.calls, observer)
+    run = _train(compile_anew(model, backend), model, batch, observer, rewritten.graphs)
+    if len(run.calls) != len(rewritten.calls):
+        raise unpaired(len(run.calls), len(rewritten.calls))
     return run
 
 
-def _train(call: Callable[..., Any], model: nn.Module, batch: Any, observer: Observer) -> _Run:
+def _train(
+    call: Callable[..., Any], model: nn.Module, batch: Any, observer: Observer, graphs: Sequence[GraphReport]
+) -> _Run:
     """Forward and backward, with the same random numbers each time."""
     args, kwargs = pytree.tree_map(_clone, batch)
     with torch.random.fork_rng():
@@ -179,7 +211,7 @@ def _train(call: Callable[..., Any], model: nn.Module, batch: Any, observer: Obs
                 (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return _Run(observer.calls, loss.detach(), gradients)
+    return _Run(graphs, observer.calls, loss.detach(), gradients)
 
 
 def _loss(out: Any) -> Tensor:
@@ -237,10 +269,13 @@ def _compare(
 
     same = True
     for a, b in zip(rewritten.calls, functional.calls, strict=True):
-        if not a.rewritten or a.record is None:
+        if not a.rewritten:
             continue
-        where = a.record.module or a.record.source or "-"
-        assert b.entries is not None and b.slots is not None, "it is rewritten, too"
+        where = _where(a.record)
+        if b.dense is not None:
+            add(where, "the attention it replaces", b.dense)
+        assert a.out is not None and b.out is not None, "it is rewritten"
+        assert b.entries is not None and b.slots is not None, "by the functional form, too"
         selections.append(b.slots)
         apart = _apart(a, b.entries, b.slots)
         add(where, "selection", apart)
@@ -249,7 +284,7 @@ def _compare(
             continue
         add(where, "output", difference([a.out], [b.out]))
         if names := sorted(a.gradients.keys() | b.gradients.keys()):
-            add(where, "gradients of q, k, v", difference(*(_named(x.gradients, names, x.out) for x in (a, b))))
+            add(where, "gradients of q, k, v", difference(*(_named(x.gradients, names, a.out) for x in (a, b))))
         if dtype == "float64" and not b.dropout_p:
             add(where, "ops and their plain twins", difference([b.out], [_twin(b, b.entries, b.slots, config)]))
     if same:
@@ -258,6 +293,14 @@ def _compare(
         pair = (_named(run.gradients, names, run.loss) for run in (rewritten, functional))
         add("whole model", "gradients of parameters", difference(*pair))
     return checks, selections
+
+
+def _where(record: AttentionRecord) -> str:
+    return record.module or record.source or "-"
+
+
+def _not_compared(call: ObservedCall) -> str:
+    return f"{_where(call.record)}: {call.unknown}"
 
 
 def _moved(slots: Tensor, others: Tensor) -> int:
@@ -279,9 +322,9 @@ def _named(gradients: dict[str, Tensor], names: Sequence[str], like: Tensor) -> 
 
 
 def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseConfig) -> Tensor:
-    """The same attention by the plain twins of the ops, on the CPU: [B, H, N, Dv]."""
+    """The same attention by the plain twins of the ops, on the CPU, laid out as the call's own output."""
     tensors = [x.detach().cpu() for x in b.tensors]
-    entries, slots, starts = entries.cpu(), slots.cpu(), documents_on(torch.device("cpu"))
+    entries, slots, starts = entries.cpu(), slots.cpu(), None if b.starts is None else b.starts.cpu()
     pyramid = pyramid_over(tensors[0].shape[2], config)
     q, k, v = (reference.gather(x, entries, pyramid) for x in tensors)  # [B, H or G, S, D]
     if starts is None:
@@ -291,4 +334,7 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
             q, k, v, entries, starts, config.levels, config.pooling, config.topk, config.quota or 0, 0.0, b.scale, True,
             config.max_documents, config.kernel,
         )  # fmt: skip
-    return reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts).to(b.out.device)
+    out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)
+    for method, arguments in b.steps:
+        out = getattr(out, method)(*arguments)
+    return out.to(b.tensors[0].device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .report import AttentionRecord
 
 Quantity = Literal[
+    "the attention it replaces",
     "selection",
     "output",
     "gradients of q, k, v",
@@ -31,7 +32,8 @@ class Check:
     """One comparison of the rewritten with the functional form.
 
     Attributes:
-        where: the attention's module, or "whole model"; what: the quantity; dtype: of both runs.
+        where: the attention's module, or "whole model"; what: the quantity, "the attention it replaces" being what the model's
+            own nodes compute beside plain attention of the arguments that were found; dtype: of both runs.
         difference: the largest difference over the largest value, or for "selection" how many entries differ.
     """
 
@@ -61,6 +63,7 @@ class Verification:
         checks: all comparisons; those after a selection that differs are missing, for they would compare two computations.
         calls: the attention calls as they ran, rewritten or not, with reasons.
         moved, entries: how many entries float32 selects otherwise than float64, of how many.
+        notes: what was not compared, and why.
     """
 
     title: str
@@ -68,6 +71,7 @@ class Verification:
     calls: tuple[AttentionRecord, ...]
     moved: int
     entries: int
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -81,12 +85,14 @@ class Verification:
         rewritten = sum(call.rewritten for call in self.calls)
         title = f"{self.title}: {verdict} ({rewritten} of {len(self.calls)} attention calls rewritten)"
         table = Table(title=Text(title), title_justify="left", caption_justify="left")
-        table.caption = Text(
+        caption = (
             "Numbers are the largest difference between the rewritten model and one that calls lighthouse_attention, over the "
             f"largest value; up to {TOLERANCES['float64']:g} in float64 and {TOLERANCES['float32']:g} in float32 pass. "
             f"Selection: entries that differ. float32 selects {self.moved:,} of {self.entries:,} entries otherwise than "
-            "float64, which is rounding where windows score alike."
+            "float64, which is rounding where windows score alike. The attention it replaces: what the model's own nodes "
+            "compute beside plain attention of the arguments that were found."
         )
+        table.caption = Text("\n".join([caption, *(f"note: {note}" for note in self.notes)]))
         for column in ("where", "what", "float64", "float32"):
             table.add_column(column, overflow="fold")
         for where, what in dict.fromkeys((check.where, check.what) for check in self.checks):

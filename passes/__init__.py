@@ -1,5 +1,5 @@
 """The compiler passes over Dynamo's graph, before AOTAutograd sees it: find, prove, check, undo, score,
-rewrite, clean up.
+undo what is left, rewrite, clean up.
 
 Each is `(gm, example_inputs, *, config) -> gm` and opens with the graph before and after. `PIPELINE` is their order.
 """
@@ -17,6 +17,7 @@ from .by_hand import find_by_hand
 from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
 from .check import check_attention
 from .document_input import add_document_input
+from .equal_heads import undo_equal_heads
 from .find import find_attention
 from .flash_functions import find_flash_functions
 from .flex import find_flex
@@ -36,6 +37,7 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
     check_attention,
     undo_repeated_heads,
     score_raw,
+    undo_equal_heads,
     rewrite_attention,
     remove_leftovers,
 ]

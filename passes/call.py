@@ -75,7 +75,8 @@ class AttentionCall:
     `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
     `blocks`, of FlexAttention: how `check_blocks` begins for each set of lists of blocks that the graph has to check.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
-    each token's document, which never falls along a row.
+    each token's document, which never falls along a row. `own_documents`: the model itself keeps the call inside documents, so
+    that it needs no others, rewritten or not.
     `score_query` and `score_key` are what the scorer reads in place of query and key, None where it reads those; `scorer` is
     the call's own, and `scored` says what it reads or why it is another than the configuration's, "" where nothing is special.
     `exact`: attention over one sequence that the passes could compute otherwise; only policy keeps it as it is. Such a call,
@@ -97,6 +98,7 @@ class AttentionCall:
     scale: Any = None
     enable_gqa: Any = False
     documents: Any = None
+    own_documents: bool = False
     score_mask: ScoreMask | None = None
     blocks: tuple[tuple[Any, ...], ...] = ()
     own_nodes: tuple[tuple[fx.Node, Region], ...] = ()

@@ -1,6 +1,12 @@
 """Find flash-attn's functions, called by the model itself. Changes nothing that the graph computes.
 
     out = flash_attn_func(q, k, v, causal=True)      # [B, N, H, D]     ->  an AttentionCall over views [B, H, N, D]
+    out = flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)      # [N, H, D], packed documents
+                                                                        ->  the same over [1, H, N, D], inside its documents
+
+Where the documents of `flash_attn_varlen_func` begin becomes a node, `lighthouse_fx.packed_starts`. It checks in every step
+what flash-attn takes on trust, that the borders rise from 0 to N, are the same for queries and keys, and have no document
+longer than `max_seqlen`. These documents hold, whatever `documents(...)` says.
 
 Dynamo traces through `flash_attn_func` into its autograd function, so that the graph has
 
@@ -9,7 +15,8 @@ Dynamo traces through `flash_attn_func` into its autograd function, so that the 
 A function that was allowed in the graph (`torch.compiler.allow_in_graph`) is one node instead. flash-attn itself needs a GPU
 to be built: this was written after the code of its version 2.7, and tried with a stand-in that has its signatures, its custom
 operators and its autograd function. Version 3 and the builds of Hugging Face's hub name their operators otherwise; those are
-not recognised. Where one tensor is given twice, Dynamo does not trace an autograd function and breaks the graph.
+not recognised. Where one tensor is given twice (the borders, too), Dynamo does not trace an autograd function and breaks the
+graph.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..kernels.torch_private import HigherOrderOperator, set_grad_enabled
@@ -31,6 +39,9 @@ from .regions import Region, regions
 
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _TURN: Steps = (("transpose", (1, 2)),)  # [B, N, H, D] <-> [B, H, N, D]
+_UNPACK: Steps = (("unsqueeze", (0,)), *_TURN)  # [N, H, D] -> [1, H, N, D]
+_PACK: Steps = (*_TURN, ("squeeze", (0,)))  # [1, H, N, D] -> [N, H, D]
+_TWICE = "give cu_seqlens_k=cu_seqlens_q.clone(): Dynamo breaks the graph where an autograd function gets one tensor twice"
 _OPERATORS = ("flash_attn.", "flashattn.")  # namespaces, the later ones first
 _FUNCTIONS = ("flash_attn_func", "flash_attn_varlen_func")
 # Arguments that have to be as here; those that change nothing are left out. -> what they do otherwise
@@ -42,8 +53,15 @@ _PLAIN: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "alibi_slopes": ((None,), "ALiBi"),
     "return_attn_probs": ((False,), "attention weights are returned"),
     "return_softmax": ((False,), "attention weights are returned"),
+    "block_table": ((None,), "paged keys and values"),
+    "leftpad_k": ((None,), "padded keys"),
+    "seqused_k": ((None,), "unused keys"),
 }
-_KNOWN = frozenset({"q", "k", "v", "dropout_p", "softmax_scale", "causal", "deterministic", *_PLAIN})
+_BORDERS = ("cu_seqlens_q", "cu_seqlens_k")
+_LONGEST = ("max_seqlen_q", "max_seqlen_k")
+_KNOWN = frozenset(
+    {"q", "k", "v", "dropout_p", "softmax_scale", "causal", "deterministic", "zero_tensors", *_BORDERS, *_LONGEST, *_PLAIN}
+)
 
 
 def find_flash_functions(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
@@ -86,31 +104,30 @@ def _forward(node: fx.Node, region: Region) -> fx.GraphModule | None:
 
 
 def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None) -> AttentionCall:
-    call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
+    packed = "varlen" in name
+    call = AttentionCall(
+        node=node, region=region, module=module_path(node), source=source_line(node), own_documents=packed
+    )
+    views: list[fx.Node] = []
     try:
-        if "varlen" in name:
-            raise Unclear(
-                "flash_attn_varlen_func packs documents by borders and a longest length that nothing in the graph checks",
-                "use scaled_dot_product_attention with is_causal=True, inside lighthouse_fx.documents(cu_seqlens=...)",
-            )
         if inside is None and _is_operator(node):
             where = "without gradients or after a graph break"
-            raise Unclear(f"flash-attn's operator is called outside its autograd function, {where}")
+            remedy = _TWICE if packed else ""
+            raise Unclear(f"flash-attn's operator is called outside its autograd function, {where}", remedy)
         out = node if inside is None else only_output(node)
         if out is None:
             raise Unclear("flash-attn also returns the log-sum-exp of its scores", "leave out return_attn_probs")
         given = _arguments(node) if inside is None else _arguments_inside(node, region, inside)
         _check_plain(given)
-        views: list[fx.Node] = []
-        query, key, value = (shown(given[n], _TURN, out, views) for n in ("q", "k", "v"))
-        call = replace(call, views=tuple(views))
+        query, key, value = (shown(given[n], _UNPACK if packed else _TURN, out, views) for n in ("q", "k", "v"))
         tensors = [fake(x) for x in (query, key, value, out)]
         if len({(x.dtype, x.device) for x in tensors if x is not None}) != 1:
             raise Unclear("query, key, value and output differ in dtype", "convert them to one dtype first")
+        documents = _starts(given, query, out, views) if packed else None
     except Unclear as why:
-        return call.refuse(why.reason, why.remedy or _KEEP)
+        return replace(call, views=tuple(views)).refuse(why.reason, why.remedy or _KEEP)
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return call.refuse("flash-attn is called in a way that is not understood", _KEEP)
+        return replace(call, views=tuple(views)).refuse("flash-attn is called in a way that is not understood", _KEEP)
     heads = [tensor.shape[1] for tensor in tensors[:2] if tensor is not None]
     functions: list[Any] = [] if inside is None else [node, *node.args[:2]]
     return replace(
@@ -122,10 +139,34 @@ def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None
         is_causal=given["causal"],
         scale=given["softmax_scale"],
         dropout_p=given["dropout_p"],
+        documents=documents,
+        views=tuple(views),
         enable_gqa=heads[0] != heads[1],
         own_nodes=tuple((x, region) for x in functions),
-        steps=(*_TURN, ("contiguous", ())),
+        steps=(*(_PACK if packed else _TURN), ("contiguous", ())),
     )
+
+
+def _starts(given: Mapping[str, Any], query: fx.Node, before: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """A node that gives and checks where documents begin, from the borders as they are where the attention is."""
+    borders, longest = [given[name] for name in _BORDERS], [given[name] for name in _LONGEST]
+    attended, *tensors = (fake(x) for x in (query, *borders))
+    for name, tensor in zip(_BORDERS, tensors, strict=True):
+        if tensor is None or tensor.dim() != 1 or tensor.dtype != torch.int32 or tensor.device != attended.device:  # type: ignore[union-attr]
+            raise Unclear(f"flash-attn's {name} is no int32 tensor of one dimension on the queries' device")
+    if tensors[0].shape != tensors[1].shape or tensors[0].shape[0] < 2:  # type: ignore[union-attr]
+        sizes = " and ".join(str(tensor.shape[0]) for tensor in tensors)  # type: ignore[union-attr]
+        raise Unclear(f"flash-attn's cu_seqlens_q and cu_seqlens_k have {sizes} borders, so they are not one sequence's")
+    for name, length in zip(_LONGEST, longest, strict=True):
+        if not isinstance(constant(length), (int, torch.SymInt)):
+            raise Unclear(f"flash-attn's {name} is not a number", "give a Python number, such as int(lengths.max())")
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(torch.ops.lighthouse_fx.packed_starts.default, (query, *borders, *longest))
+    node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
+    with torch.no_grad():
+        node.meta["example_value"] = attended.new_empty((1, attended.shape[2]), dtype=torch.int32)  # type: ignore[union-attr]
+    views.append(node)
+    return node
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -149,14 +190,16 @@ def _arguments_inside(node: fx.Node, region: Region, inside: fx.Node) -> dict[st
     assert body is not None
     schema = getattr(inside.target, "_schema", None) or inside.target.default._schema  # type: ignore[union-attr]
     given = dict(zip((argument.name for argument in schema.arguments), inside.args, strict=False)) | dict(inside.kwargs)
+    if unknown := given.keys() - _KNOWN:
+        raise Unclear(f"flash-attn's operator is called with {', '.join(sorted(unknown))}")
     outer = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
     first, result = _attended(body, inside, fake(given["v"]))
     for x in body.graph.nodes:
         if x in (inside, first, result) or x.op in ("placeholder", "output"):
             continue
-        if operation_name(x) != "getitem" and x.target is not set_grad_enabled:
+        if operation_name(x) not in ("getitem", "size") and x.target is not set_grad_enabled:
             raise Unclear(f"flash-attn's autograd function also computes {x.name}")
-    return given | {name: outer[given[name]] for name in ("q", "k", "v")}
+    return {name: outer[value] if isinstance(value, fx.Node) else value for name, value in given.items()}
 
 
 def _attended(body: fx.GraphModule, inside: fx.Node, value: Any) -> tuple[fx.Node, fx.Node]:

@@ -63,7 +63,7 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         _check_score_mod(_body(region, score_mod))
         lengths = [x.shape[2] if (x := fake(y)) is not None and isinstance(x.shape[2], int) else _LONGEST for y in (query, key)]
         masked = _mask_mod(_body(region, block_mask[-1]), captured, *lengths)  # type: ignore[index, arg-type]
-        call = replace(call, is_causal=masked.causal)
+        call = replace(call, is_causal=masked.causal, own_documents=masked.documents is not None)
         if masked.documents is not None:
             numbers = numbers_of(masked.documents, query, node)  # type: ignore[arg-type]
             call = replace(call, documents=numbers, views=(numbers,))

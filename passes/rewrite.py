@@ -145,6 +145,8 @@ def _rewrite(
         if call.documents is not None and call.documents is documents:
             starts = (brought(documents, call.region),)
             known = brought(known, call.region) if known is not None else None
+        elif call.documents is not None and call.documents.target is _OPS.packed_starts.default:
+            starts = (call.documents,)
         elif call.documents is not None:
             fakes[call.documents] = call.documents.meta["example_value"]
             like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)

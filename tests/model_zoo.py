@@ -195,7 +195,7 @@ MODELS = {
         build=causal("Falcon", new_decoder_architecture=True, num_kv_heads=2),
         inputs=token_ids,
         layers=_DENSE,
-        note=f"{_MASK_NOTE}; its repeated heads are kept, each with a selection of its own",
+        note=_MASK_NOTE,
     ),
     "Falcon, ALiBi": Entry(
         build=causal("Falcon", new_decoder_architecture=False, multi_query=False, alibi=True),

@@ -1,104 +1,20 @@
 """flash-attn's functions, called by a model itself.
 
-flash-attn cannot be built without a GPU, so this is a stand-in: a package of its name with the signatures, custom operators
-and autograd function of its version 2.7, which are what Dynamo traces. Its forward is exact, its backward gives zeros.
+flash-attn cannot be built without a GPU, so this is tried with a stand-in, `flash_stand_in.py`.
 """
 
-import importlib
-import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from flash_stand_in import stand_in
 from small_models import CONFIG, FIELDS, passes_only
 from test_passes import B, D, G, H, N, only_call
 
 import lighthouse_fx
 
-STAND_IN = '''
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-def _shapes(q):
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1]), q.new_empty(0), q.new_empty(2, dtype=torch.int64)
-
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float, causal: bool, window_size_left: int,
-             window_size_right: int, softcap: float, alibi_slopes: Tensor | None, return_softmax: bool,
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), *_shapes(q.transpose(1, 2))
-
-@_forward.register_fake
-def _(q, *args):
-    return torch.empty_like(q), *_shapes(q)
-
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int,
-            causal: bool) -> Tensor:
-    return q.clone()
-
-@_varlen.register_fake
-def _(q, *args):
-    return torch.empty_like(q)
-
-class FlashAttnFunc(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-                return_softmax, is_grad_enabled):
-        if softmax_scale is None:
-            softmax_scale = q.shape[-1] ** (-0.5)
-        size = q.size(3)
-        if size % 8:
-            q, k, v = (F.pad(x, [0, 8 - size % 8]) for x in (q, k, v))
-        out, lse, probabilities, state = torch.ops.flash_attn._flash_attn_forward(
-            q, k, v, dropout_p, softmax_scale, causal=causal, window_size_left=window_size[0],
-            window_size_right=window_size[1], softcap=softcap, alibi_slopes=alibi_slopes,
-            return_softmax=return_softmax and dropout_p > 0)
-        if is_grad_enabled:
-            ctx.save_for_backward(q, k, v, out, lse, state)
-        result = out[..., :size]
-        return result if not return_softmax else (result, lse, probabilities)
-
-    @staticmethod
-    def backward(ctx, dout, *args):
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), *[None] * 9
-
-class FlashAttnVarlenFunc(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, *args):
-        ctx.save_for_backward(q, k, v)
-        return torch.ops.flash_attn._flash_attn_varlen_forward(q, k, v, *args)
-
-    @staticmethod
-    def backward(ctx, dout):
-        return *map(torch.zeros_like, ctx.saved_tensors), *[None] * 5
-
-def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-                    alibi_slopes=None, deterministic=False, return_attn_probs=False):
-    return FlashAttnFunc.apply(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-                               deterministic, return_attn_probs, torch.is_grad_enabled())
-
-def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False):
-    return FlashAttnVarlenFunc.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal)
-'''
-
-
-@pytest.fixture(scope="module")
-def flash(tmp_path_factory):
-    """The stand-in, as `import flash_attn` would give it."""
-    if importlib.util.find_spec("flash_attn") is not None:
-        pytest.skip("flash-attn itself is installed, and its operators have the same names")
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "flash_attn.py").write_text(STAND_IN)
-    sys.path.insert(0, str(folder))
-    yield importlib.import_module("flash_attn")
-    sys.path.remove(str(folder))
-    del sys.modules["flash_attn"]
+flash = pytest.fixture(scope="module")(stand_in)
 
 
 def qkv(groups=H, size=D):
@@ -197,15 +113,6 @@ def test_padded_heads_are_left(flash):
 def test_other_lengths_are_left(flash):
     q, k, v = qkv()
     assert_left(lambda q, k, v: flash.flash_attn_func(q, k[:, 1:], v[:, 1:]), [q, k, v], "lengths differ")
-
-
-def test_packed_sequences_are_left(flash):
-    ends = torch.tensor([0, 24, N], dtype=torch.int32)
-
-    def function(q, k, v):
-        return flash.flash_attn_varlen_func(q[0], k[0], v[0], ends, ends + 0, 40, 40, True)
-
-    assert_left(function, qkv(), "packs documents by borders")
 
 
 def test_one_tensor_given_twice_breaks_the_graph(flash):

@@ -6,7 +6,7 @@ declared to need them.
 
 import pytest
 import torch
-from small_models import CONFIG, FIELDS
+from small_models import CONFIG, FIELDS, passes_only
 from test_passes import B, D, G, H, N
 from torch.nn.attention.flex_attention import (
     BlockMask,
@@ -319,6 +319,32 @@ def test_a_mask_mod_that_writes_hides_norms():
     writing, clean = gm.meta[CALLS]
     assert "depends on mul_" in writing.refusal.reason
     assert clean.refusal is None and clean.scored == ""
+
+
+OWN = {
+    "longer than the tokens": (N + 8, "the documents are of [2, 72] tokens"),
+    "as they are": (N, "gradient"),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_documents_of_its_own_are_not_warned_of_where_it_stays_dense(case, recwarn):
+    length, because = OWN[case]
+    numbers = (torch.arange(length) // 24).expand(B, length).contiguous()
+    mask = blocks(lambda b, h, i, j: (i >= j) & (numbers[b, i] == numbers[b, j]), B)
+    function = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend=passes_only, options=FIELDS)
+    with lighthouse_fx.documents(numbered()):
+        function(*qkv())
+    (call,) = lighthouse_fx.reports()[-1].calls
+    assert not call.rewritten and because in call.reason and call.inside_documents
+    assert not [w for w in recwarn if "documents()" in str(w.message)]
+
+
+def test_causal_attention_without_documents_that_stays_dense_is_warned_of():
+    mask = blocks(lambda b, h, i, j: (i >= j) & (i - j < 9))
+    function = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend=passes_only, options=FIELDS)
+    with lighthouse_fx.documents(numbered()), pytest.warns(UserWarning, match="does not heed it"):
+        function(*qkv())
 
 
 def test_full_attention_given_lists_is_left():

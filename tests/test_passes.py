@@ -435,8 +435,6 @@ NOT_REPEATS = {
     "whole blocks of heads": lambda x: x.repeat(1, H // G, 1, 1),
     "tokens": lambda x: x[:, :, :, None].expand(B, G, N, H // G, D).reshape(B, H, N, D),
     "another order": lambda x: x[:, None].expand(B, H // G, G, N, D).reshape(B, H, N, D),
-    "changed after": lambda x: (y := x * 1, y.repeat_interleave(H // G, dim=1), y.mul_(2))[1],
-    "part of the tokens": lambda x: torch.cat([x, x], 2)[:, :, None, :N].expand(B, G, H // G, N, D).reshape(B, H, N, D),
 }
 
 
