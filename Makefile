@@ -14,9 +14,11 @@ XDIST ?= -n 2 --dist loadgroup
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 STAMP := build/.system-setup
+FRAMEWORKS :=
 else
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+FRAMEWORKS := $(VENV)/frameworks/.installed
 endif
 
 # Two workers on two cores: one thread each, and Inductor compiles in the worker itself. No test reaches a model hub.
@@ -31,13 +33,19 @@ STAGE := .mypy/stage
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(STAMP) ## make the environment (again only when pyproject.toml or constraints.txt change)
+setup: $(STAMP) $(FRAMEWORKS) ## make the environment (again only when pyproject.toml or constraints.txt change)
 
 ifneq ($(strip $(VENV)),)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Where they cannot be had, their tests skip, and the next call tries again. What is had has to work.
+$(FRAMEWORKS): frameworks.txt | $(STAMP)
+	@if $(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) -r $<; then \
+	  PYTHONPATH=$(@D) $(PY) -c 'import litgpt.pretrain, torchtitan.models.llama3' && touch $@; \
+	else echo 'litgpt and torchtitan (frameworks.txt) could not be installed: the tests that train with them skip' >&2; fi
 else
 $(STAMP): pyproject.toml
 	@$(PY) -c 'import torch, networkx, rich' || { \
@@ -61,16 +69,16 @@ typecheck: $(STAMP) ## mypy --strict over the package as it is installed
 
 test: check pytest ## everything that has to pass: ruff, mypy and the tests
 
-pytest: $(STAMP) ## the tests alone (on a machine without pytest-xdist: XDIST=)
+pytest: $(STAMP) $(FRAMEWORKS) ## the tests alone (on a machine without pytest-xdist: XDIST=)
 	@$(TEST_ENV) $(PY) -m pytest $(XDIST) $(TESTS)
 
-quick: $(STAMP) ## the tests that are not slow
+quick: $(STAMP) $(FRAMEWORKS) ## the tests that are not slow
 	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m 'not slow' $(TESTS)
 
 pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and beside it densely
 	$(PY) examples/pretrain.py $(ARGS)
 
-models: $(STAMP) ## write docs/models.md anew: which attentions of which models are rewritten
+models: $(STAMP) $(FRAMEWORKS) ## write docs/models.md anew: which attentions of which models are rewritten
 	$(TEST_ENV) LIGHTHOUSE_WRITE_MODELS=1 $(PY) -m pytest tests/test_models.py
 
 bench: $(STAMP) ## time one attention layer beside dense attention, on a GPU

@@ -92,6 +92,7 @@ _library.define(
     "int topk, int quota, float dropout_p, float? scale, bool enable_gqa, int most, str kernel, Tensor? known=None) -> Tensor"
 )
 _library.define("document_starts(Tensor numbers) -> Tensor")
+_library.define("document_numbers(Tensor query, Tensor[] tables, str holds) -> Tensor")
 _library.define(
     "packed_starts(Tensor query, Tensor borders_q, Tensor borders_k, SymInt longest_q, SymInt longest_k) -> Tensor"
 )
@@ -105,6 +106,33 @@ def _rising_starts(numbers: Tensor) -> Tensor:
 
 
 _library.impl("document_starts", _rising_starts, "CompositeImplicitAutograd")
+
+_BORDERS = (
+    "what a mask_mod reads as the {} token of each token's document is not that, so its mask is not that of documents: let "
+    "all tokens of a document hold its {} token, or keep the attention dense (dense_layers)"
+)
+
+
+def _numbers(query: Tensor, tables: list[Tensor], holds: str) -> Tensor:
+    """Numbers of documents, int `[B, N]`, as a mask reads them from tables, one after the other, from the token on.
+
+    Args:
+        query: `[B, H, N, D]`, for its shape; tables: int `[B, *]` or `[*]`.
+        holds: "numbers", or "first" or "last" where a mask compares positions with the first or last token of a document.
+            Then these are its number, once they are seen to be right.
+    """
+    batch, _, length, _ = query.shape
+    row, read = (torch.arange(n, device=tables[0].device) for n in (batch, length))
+    for table in tables:
+        read = table[row[:, None], read] if table.dim() == 2 else table[read]
+    numbers = read.expand(batch, length)
+    if holds != "numbers":
+        first = numbers if holds == "first" else length - 1 - numbers.flip(-1)
+        assert_async((starts_of(first) == first).all(), _BORDERS.format(holds, holds))
+    return numbers
+
+
+_library.impl("document_numbers", _numbers, "CompositeImplicitAutograd")
 
 
 def _packed_starts(query: Tensor, borders_q: Tensor, borders_k: Tensor, longest_q: int, longest_k: int) -> Tensor:

@@ -80,14 +80,17 @@ def compile(
     return model
 
 
-def repeated_blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's layers: the module list with the most parameters.
+def repeated_blocks(model: nn.Module) -> nn.ModuleList | nn.ModuleDict:
+    """The model's layers: the module list with the most parameters, or the dict of numbered ones that torchtitan has.
 
     Raises:
-        ValueError: where no module list holds blocks of one class.
+        ValueError: where none holds blocks of one class.
     """
     lists = [
-        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 0 and len({type(b) for b in m}) == 1
+        m
+        for m in model.modules()
+        if (isinstance(m, nn.ModuleList) or (isinstance(m, nn.ModuleDict) and all(map(str.isdecimal, m))))
+        and len({type(block) for block in m.children()}) == 1
     ]
     if not lists:
         raise ValueError(
@@ -103,7 +106,7 @@ def repeated_blocks(model: nn.Module) -> nn.ModuleList:
 def _names_of_blocks(model: nn.Module) -> dict[nn.Module, str]:
     """The blocks in order, each with its name in the model; one that occurs twice is one."""
     names = {id(module): name for name, module in model.named_modules()}
-    return {block: names[id(block)] for block in repeated_blocks(model)}
+    return {block: names[id(block)] for block in repeated_blocks(model).children()}
 
 
 def _chosen(config: LighthouseConfig, dense_layers: Any) -> tuple[int | str, ...]:

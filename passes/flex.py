@@ -3,7 +3,7 @@
     out = flex_attention(q, k, v, score_mod, (..., mask_mod), scale, ...)[0]    ->  an AttentionCall, or the reason why not
 
 What the two functions do is proved from their own graphs: `score_mod` has to give back the score, and `mask_mod` to be
-`q_idx >= kv_idx`, always true, or either within documents, `doc[b, q_idx] == doc[b, kv_idx]`.
+`q_idx >= kv_idx`, always true, or within documents (`document_tables.py`), whose numbers are then put into the graph.
 
 FlexAttention asks `mask_mod` only in the partial blocks of a `BlockMask`: not in its full blocks, and what the lists of blocks
 leave out is never seen. `create_block_mask` makes the lists of the same mask_mod, but `BlockMask.from_kv_blocks` takes any
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..kernels.torch_private import HigherOrderOperator
 from .call import AttentionCall, add_calls, fake
+from .document_tables import Tables, numbers_of, tables_of
 from .elements import ORIGIN, Elements, is_one, operation_name
 from .find import module_path, source_line
-from .layouts import only_output
+from .layouts import only_output, unused_outputs
 from .operations import OPERATIONS, is_interpreted
 from .products import Unclear, is_number
 from .regions import Region, regions
@@ -36,7 +36,6 @@ from .writes import writes_in_place
 _KEEP = "use scaled_dot_product_attention with is_causal=True"
 _CAUSAL = Diagonals(((0, float("inf")),))
 _LONGEST = 2**31 - 1  # positions are int32
-_WHOLE = (torch.int16, torch.int32, torch.int64)
 _ALL = 1 << 30  # the size of a block that no sequence exceeds, as flex_attention itself takes it
 
 
@@ -57,24 +56,28 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
     try:
         query, key, value, score_mod, block_mask, scale, _, _, captured = node.args
         call = replace(call, query=query, key=key, value=value)
-        out = only_output(node)
+        unused = unused_outputs(node)
+        out = only_output(node, unused)
         if out is None:
             raise Unclear("flex_attention also returns the log-sum-exp of its scores", "call it without return_lse")
         _check_score_mod(_body(region, score_mod))
         lengths = [x.shape[2] if (x := fake(y)) is not None and isinstance(x.shape[2], int) else _LONGEST for y in (query, key)]
         masked = _mask_mod(_body(region, block_mask[-1]), captured, *lengths)  # type: ignore[index, arg-type]
-        call = replace(call, is_causal=masked.causal, documents=masked.documents, own_documents=masked.documents is not None)
+        call = replace(call, is_causal=masked.causal, own_documents=masked.documents is not None)
+        if masked.documents is not None:
+            numbers = numbers_of(masked.documents, query, node)  # type: ignore[arg-type]
+            call = replace(call, documents=numbers, views=(numbers,))
         call = replace(call, blocks=_blocks_to_check(call, block_mask))
         if not is_number(scale) or not scale > 0:  # type: ignore[operator]
             raise Unclear(f"flex_attention's scale is {scale}", "give a positive Python number")
         heads = [tensor.shape[1] for x in (query, key) if (tensor := fake(x)) is not None]
-        functions: list[Any] = [score_mod, block_mask[-1]]  # type: ignore[index]
+        parts: list[Any] = [*unused, node, score_mod, block_mask[-1]]  # type: ignore[index]
         return replace(
             call,
             node=out,
             scale=scale,
             enable_gqa=heads[0] is not heads[1] and heads[0] != heads[1],
-            own_nodes=tuple((x, region) for x in (node, *functions)),
+            own_nodes=tuple((x, region) for x in parts),
         )
     except Unclear as why:
         return call.refuse(why.reason, why.remedy or _KEEP)
@@ -108,7 +111,7 @@ def _check_score_mod(body: fx.GraphModule) -> None:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Masked:
     causal: bool
-    documents: fx.Node | None
+    documents: Tables | None
 
 
 def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns: int) -> _Masked:
@@ -125,20 +128,22 @@ def _mask_mod(body: fx.GraphModule, captured: Sequence[Any], rows: int, columns:
             raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: it depends on {node.name}")
     seen, documents = EVERY, None
     for condition in _conditions(_result(body)):
-        if (numbers := _same_number(condition, batch, row, column)) is not None:
-            if documents not in (None, outer.get(numbers)) or numbers not in outer:
+        if (tables := tables_of(condition, batch, row, column)) is not None:
+            if documents not in (None, tables):
                 raise Unclear("flex_attention's mask_mod compares two kinds of documents")
-            documents = outer[numbers]
+            documents = tables
             continue
         try:
             seen = seen & as_cases(elements.at(condition, Region(gm=body), (), condition)).where(bool)
         except Unproven as why:
             raise Unclear(f"flex_attention's mask_mod is not proved to be only causal: {why}") from why
-    if seen not in (EVERY, _CAUSAL):
+    if seen not in (EVERY, _CAUSAL) or (seen == EVERY and documents is not None and documents.holds != "numbers"):
         (low, high), *others = seen.bands or ((0, 0),)
         if not others and low == 0 and high >= 0 and seen.bands:
             raise Unclear(f"sliding window: flex_attention's mask_mod shows each token the last {high + 1:.0f} only")
         raise Unclear("flex_attention's mask_mod is neither causal nor full")
+    if documents is not None:
+        documents = replace(documents, nodes=tuple(outer[node] for node in documents.nodes))
     return _Masked(causal=seen == _CAUSAL, documents=documents)
 
 
@@ -152,19 +157,6 @@ def _conditions(node: Any) -> list[Any]:
     if isinstance(node, fx.Node) and operation_name(node) in ("and_", "logical_and", "bitwise_and", "__and__"):
         return [condition for part in node.args for condition in _conditions(part)]
     return [node]
-
-
-def _same_number(node: Any, batch: fx.Node, row: fx.Node, column: fx.Node) -> fx.Node | None:
-    """The captured tensor of numbers, in `numbers[b, q_idx] == numbers[b, kv_idx]`."""
-    if not isinstance(node, fx.Node) or operation_name(node) != "eq" or len(node.args) != 2:
-        return None
-    if not all(isinstance(x, fx.Node) and operation_name(x) == "getitem" for x in node.args):
-        return None
-    (left, at), (right, beside) = (x.args for x in node.args)  # type: ignore[union-attr]
-    tensor = fake(left)
-    if left is not right or not isinstance(left, fx.Node) or tensor is None or tensor.dtype not in _WHOLE:
-        return None
-    return left if {at, beside} == {(batch, row), (batch, column)} and tensor.dim() == 2 else None
 
 
 # --- its blocks -------------------------------------------------------------------------------------------------------

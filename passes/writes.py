@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.torch_private import OpOverload, OpOverloadPacket, has_storage, pytree
+from ..kernels.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, has_storage, pytree
 from .elements import operation_name
 from .operations import is_interpreted
 from .regions import regions
@@ -61,12 +61,21 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     if node.target in _IN_PLACE_OPERATORS:
         return False
+    if isinstance(node.target, HigherOrderOperator):
+        return str(node.target.name()) == "flex_attention" and all(map(_is_pure, _called_inside(node)))
     if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_NAMES:
         return True
     if is_interpreted(node) and not name.endswith("_"):
         return True
     schemas = _schemas(node)
     return bool(schemas) and not any(schema.is_mutable or _keeps_statistics(schema) for schema in schemas)
+
+
+def _called_inside(node: fx.Node) -> list[fx.Node]:
+    """What the subgraphs call that an operation is given: the score_mod and mask_mod of FlexAttention."""
+    names = [x.target for x in pytree.tree_leaves(node.args) if isinstance(x, fx.Node) and x.op == "get_attr"]
+    bodies = [getattr(node.graph.owning_module, str(name)) for name in names]
+    return [x for body in bodies if isinstance(body, fx.GraphModule) for x in body.graph.nodes if x.op.startswith("call_")]
 
 
 def _writes_to_its_first_argument_only(node: fx.Node) -> bool:

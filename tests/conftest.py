@@ -2,12 +2,17 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
+
+sys.path.append(str(Path(sys.prefix) / "frameworks"))  # litgpt and torchtitan, which `make` puts there: frameworks.txt
 
 from lighthouse_fx import journal, stage
 from lighthouse_fx.kernels import dispatch
@@ -46,3 +51,13 @@ def kernels(request, monkeypatch):
         torch.manual_seed(0)
     yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def torchtitan(monkeypatch):
+    """Undoes what torchtitan does to PyTorch: importing it replaces a function, its compile call changes Dynamo's settings."""
+    monkeypatch.setattr(FakeTensorMode, "__init__", FakeTensorMode.__init__)
+    names = ("capture_scalar_outputs", "skip_fwd_side_effects_in_bwd_under_checkpoint")
+    pytest.importorskip("torchtitan.models.llama3", reason="torchtitan is not installed")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,13 +28,19 @@ _MASK_NOTE = "its layers are always given a mask, so compile it as a whole"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 
+_LITGPT_LLAMA = {
+    "n_query_groups": 2, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "parallel_residual": False,
+    "bias": False, "rotary_percentage": 1.0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A model and what is expected of it: for each attention of a step, in order, whether it is rewritten.
 
     `qk_norm`: queries and keys are all of one length, so that another scorer than their norms has to rank them. `breaks`: the
-    model's own code breaks the graph; all others are compiled with fullgraph=True. `note` is for the reader.
+    model's own code breaks the graph; all others are compiled with fullgraph=True. `note` is for the reader. `package`: what
+    has to be there to build it.
     """
 
     build: Callable[[], nn.Module]
@@ -43,6 +50,7 @@ class Entry:
     qk_norm: bool = False
     breaks: bool = False
     note: str = ""
+    package: str = "transformers"
 
 
 def token_ids() -> torch.Tensor:
@@ -98,6 +106,20 @@ def vit() -> nn.Module:
         patch_size=4, **_NO_DROPOUT,
     )  # fmt: skip
     return transformers.ViTForImageClassification(config)
+
+
+def litgpt(**fields) -> Callable[[], nn.Module]:
+    """litgpt's one model; `fields` make it any family's."""
+
+    def build() -> nn.Module:
+        package = importlib.import_module("litgpt")
+        usual = {
+            "block_size": 128, "padded_vocab_size": _VOCABULARY, "n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH,
+            "intermediate_size": 48,
+        }  # fmt: skip
+        return package.GPT(package.Config(**(usual | fields)))
+
+    return build
 
 
 class SelfAttention(nn.Module):
@@ -204,6 +226,25 @@ MODELS = {
     "DeepSeek V2": Entry(build=mixture("DeepseekV2", **_LATENT), inputs=token_ids, note=_LATENT_NOTE),
     "DeepSeek V3": Entry(
         build=mixture("DeepseekV3", n_group=2, topk_group=1, **_LATENT), inputs=token_ids, note=_LATENT_NOTE
+    ),
+    "litgpt, as Pythia": Entry(build=litgpt(), inputs=token_ids, package="litgpt"),
+    "litgpt, as Llama": Entry(build=litgpt(**_LITGPT_LLAMA), inputs=token_ids, package="litgpt"),
+    "litgpt, as Qwen3": Entry(
+        build=litgpt(**_LITGPT_LLAMA, norm_qk=True), inputs=token_ids, qk_norm=True, package="litgpt"
+    ),
+    "litgpt, as Gemma 3": Entry(
+        build=litgpt(**_LITGPT_LLAMA, sliding_window_size=16, sliding_window_indices=[1, 0]),
+        inputs=token_ids,
+        whole=(False, True),
+        layers=(False, True),
+        package="litgpt",
+    ),
+    "litgpt, as Gemma 2": Entry(
+        build=litgpt(**_LITGPT_LLAMA, attention_logit_softcapping=50.0),
+        inputs=token_ids,
+        whole=_DENSE,
+        layers=_DENSE,
+        package="litgpt",
     ),
     "BERT": Entry(build=bert, inputs=token_ids),
     "ViT": Entry(build=vit, inputs=images),

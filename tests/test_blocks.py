@@ -254,6 +254,13 @@ def test_the_list_with_the_most_parameters_is_the_models_blocks():
     assert lighthouse_fx.blocks.repeated_blocks(model) is model.layers
 
 
+def test_blocks_may_lie_in_a_dict_of_numbers():
+    model = Model(3)
+    model.parts = nn.ModuleDict({"only": nn.ModuleDict({str(n): block for n, block in enumerate(model.layers)})})
+    blocks, model.layers = model.parts["only"], model.layers[:1]
+    assert lighthouse_fx.blocks.repeated_blocks(model) is blocks
+
+
 @pytest.mark.parametrize(
     "options, said",
     [({"topk": 4}, "options has topk=4, a field of LighthouseConfig"), ({"max_autotun": True}, "did you mean max_autotune")],

@@ -8,7 +8,15 @@ import pytest
 import torch
 from small_models import CONFIG, FIELDS, passes_only
 from test_passes import B, D, G, H, N
-from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention, or_masks
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    flex_attention,
+    or_masks,
+)
+from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
 from lighthouse_fx.documents import prepared, supplied
@@ -29,6 +37,16 @@ def qkv(groups=H, dtype=torch.float32):
     return [torch.randn(B, h, N, D, dtype=dtype) for h in (H, groups, groups)]
 
 
+def declare_gradients(gm):
+    """As if the graph had been traced with gradients."""
+    for part in gm.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            value = node.meta.get("example_value")
+            for x in value if isinstance(value, tuple) else (value,):
+                if isinstance(x, torch.Tensor) and x.is_floating_point():
+                    x.requires_grad_()
+
+
 def flexed(function, *tensors):
     """Dynamo's graph after the passes, as it would be of tensors that need gradients; and as it was before."""
     graphs = []
@@ -36,11 +54,7 @@ def flexed(function, *tensors):
     def backend(gm, example_inputs):
         gm = prepared(gm)
         before = str(gm.graph)
-        for node in gm.graph.nodes:
-            value = node.meta.get("example_value")
-            for x in value if isinstance(value, tuple) else (value,):
-                if isinstance(x, torch.Tensor) and x.is_floating_point():
-                    x.requires_grad_()
+        declare_gradients(gm)
         graphs.append((run_passes(gm, example_inputs, config=CONFIG), before))
 
         def run(*inputs):
@@ -152,6 +166,98 @@ def test_documents(order):
         call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
 
 
+TABLE = torch.arange(N)
+NUMBER = numbered(1)[0]
+BEGINS = torch.tensor([0, 24, 48, N, N, N])  # of each document, and more that nobody reads
+FIRST = BEGINS[numbered()]  # of each token's document
+LAST = (FIRST + 23).clamp(max=N - 1)
+ROW = LAST[0].int()
+READ = {
+    "torchtitan's for one row": lambda b, h, i, j: j >= BEGINS[NUMBER[i]],
+    "torchtitan's for more rows": lambda b, h, i, j: i <= LAST[b, j],
+    "firsts": lambda b, h, i, j: FIRST[b, i] <= j,
+    "lasts of a row": lambda b, h, i, j: ROW[j] >= i,
+    "numbers of a row": lambda b, h, i, j: NUMBER[i] == NUMBER[j],
+    "numbers of numbers": lambda b, h, i, j: BEGINS[NUMBER[j]] == BEGINS[NUMBER[i]],
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_documents_read_from_tables(case):
+    numbers, inside = numbered(), and_masks(causal, READ[case])
+    shown = create_mask(inside, B, None, N, N, device="cpu")[:, 0]
+    assert torch.equal(shown, (numbers[:, :, None] == numbers[:, None]).tril())
+    mask = create_block_mask(inside, B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    compare(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=mask),
+        lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=numbers, config=CONFIG),
+    )
+
+
+def test_documents_inside_a_checkpoint():
+    """torchtitan's default. There Dynamo keeps the outputs of flex_attention that nobody uses."""
+    mask = create_block_mask(and_masks(causal, READ["firsts"]), B, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def part(q, k, v):
+        return flex_attention(q, k, v, block_mask=mask) * 2
+
+    gm, call = call_of(lambda q, k, v: checkpoint(part, q, k, v, use_reentrant=False), *(tensors := qkv()))
+    assert call.refusal is None
+    assert not any("flex_attention" in str(node.target) for node in gm.wrap_body_0.graph.nodes)
+    expected = lighthouse_fx.lighthouse_attention(*tensors, is_causal=True, documents=numbered(), config=CONFIG)
+    torch.testing.assert_close(gm(*gm.meta["inputs"])[0], expected * 2)
+
+
+def test_documents_of_other_lengths_need_one_more_graph():
+    graphs = []
+
+    def backend(gm, example_inputs):
+        declare_gradients(gm)
+        graphs.append(gm)
+        return run_passes(gm, example_inputs, config=CONFIG)
+
+    run = torch.compile(lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask), backend=backend)
+    for length in (N, N + 16, N + 32):
+        last = (torch.arange(length) // 24 * 24 + 23).clamp(max=length - 1).expand(B, length).contiguous()
+        inside = and_masks(causal, lambda b, h, i, j, last=last: i <= last[b, j])
+        mask = create_block_mask(inside, B, None, length, length, device="cpu", BLOCK_SIZE=16)
+        q, k, v = (torch.randn(B, H, length, D) for _ in range(3))
+        expected = lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, documents=last, config=CONFIG)
+        torch.testing.assert_close(run(q, k, v, mask), expected)
+    assert len(graphs) == 2
+
+
+NO_BORDERS = {
+    "a window": (TABLE - 8).clamp(min=0),
+    "a document in two pieces": torch.where(TABLE < 40, FIRST[0], 0),
+    "not the first": FIRST[0] + TABLE.clamp(max=1),
+    "later than the token": FIRST[0] + 24,
+    "before the row": FIRST[0] - 1,
+}
+
+
+@pytest.mark.parametrize("case", NO_BORDERS)
+@pytest.mark.parametrize("holds", ["first", "last"])
+def test_tables_that_hold_no_borders_of_documents_raise(case, holds):
+    """In one row of two."""
+    table = NO_BORDERS[case] if holds == "first" else N - 1 - NO_BORDERS[case].flip(0)
+    table = torch.stack([torch.zeros_like(table) if holds == "first" else torch.full_like(table, N - 1), table])
+    reads = {"first": lambda b, h, i, j: j >= table[b, i], "last": lambda b, h, i, j: i <= table[b, j]}[holds]
+    mask = create_block_mask(and_masks(causal, reads), B, None, N, N, device="cpu", BLOCK_SIZE=16)
+    with pytest.raises(RuntimeError, match=f"the {holds} token of each token's document is not that.*dense_layers"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
+def test_tables_of_numbers_that_fall_raise():
+    numbers = numbered()
+    mask = create_block_mask(
+        and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j]), B, None, N, N, device="cpu"
+    )
+    numbers[1, 50:] = 0
+    with pytest.raises(RuntimeError, match="numbers of documents fall"):
+        call_of(lambda q, k, v: flex_attention(q, k, v, block_mask=mask))
+
+
 def test_documents_of_lists_that_know_of_none():
     """Lists that show more than mask_mod are right as long as no block is full; the causal mask's are not."""
     numbers = numbered()
@@ -177,6 +283,42 @@ def test_documents_given_from_outside():
         call_of(lambda q, k, v: found.append(flex_attention(q, k, v, block_mask=mask)) or found[0], *tensors)
     expected = lighthouse_fx.lighthouse_attention(*tensors, is_causal=True, documents=numbers, config=CONFIG)
     torch.testing.assert_close(found[0], expected)
+
+
+def test_norms_before_it_are_seen():
+    """Of queries and keys that all are of one length, the `norm` scorer reads what they were before."""
+    mask = create_block_mask(causal, None, None, N, N, device="cpu", BLOCK_SIZE=16)
+
+    def function(q, k, v):
+        q, k = (torch.nn.functional.rms_norm(x, (D,)) for x in (q, k))
+        return flex_attention(q, k, v, block_mask=mask)
+
+    q, k, v = qkv()
+    gm, call = call_of(function, q, k, v)
+    assert call.scored == "query and key before their norms"
+    expected = lighthouse_fx.lighthouse_attention(
+        *(torch.nn.functional.rms_norm(x, (D,)) for x in (q, k)),
+        v, is_causal=True, config=CONFIG, score_query=q, score_key=k,
+    )  # fmt: skip
+    torch.testing.assert_close(gm(*gm.meta["inputs"])[0], expected)
+
+
+def test_a_mask_mod_that_writes_hides_norms():
+    """What holds one may write to all its arguments, and the second attention reads them later."""
+
+    def function(q, k, v):
+        q, k = (torch.nn.functional.rms_norm(x, (D,)) for x in (q, k))
+
+        def mask_mod(b, h, i, j):
+            k.mul_(2)
+            return i >= j
+
+        return flex_attention(q, k, v, block_mask=blocks(mask_mod)) + flex_attention(q, k, v)
+
+    gm, _ = flexed(function, *qkv())
+    writing, clean = gm.meta[CALLS]
+    assert "depends on mul_" in writing.refusal.reason
+    assert clean.refusal is None and clean.scored == ""
 
 
 OWN = {
@@ -280,7 +422,8 @@ def test_blocks_that_are_written_to_are_not_proved():
     assert "changed in place" in call.refusal.reason
 
 
-TABLE = torch.arange(N)
+HALF = FIRST[0] / 2
+SQUARE, LONGER, MORE = torch.zeros(N, N, dtype=torch.int32), numbered().repeat(1, 2), numbered(2 * B)
 OTHER = {
     "window": (and_masks(causal, lambda b, h, i, j: i - j < 9), "sliding window"),
     "prefix": (or_masks(causal, lambda b, h, i, j: j < 9), "not proved"),
@@ -292,6 +435,20 @@ OTHER = {
     "numbers of another row": (
         lambda b, h, i, j: (i >= j) & (TABLE.expand(B, N)[b, i] == TABLE.expand(B, N)[0, j]), "not proved"
     ),
+    "firsts of keys": (lambda b, h, i, j: (i >= j) & (j >= FIRST[b, j]), "depends on the input"),
+    "firsts, not by keys": (lambda b, h, i, j: (i >= j) & (i >= FIRST[b, i]), "depends on the input"),
+    "lasts of queries": (lambda b, h, i, j: (i >= j) & (j <= LAST[b, i]), "depends on the input"),
+    "firsts that are not causal": (lambda b, h, i, j: j >= FIRST[b, i], "neither causal"),
+    "lasts that are not causal": (lambda b, h, i, j: i <= LAST[b, j], "neither causal"),
+    "more than a first": (lambda b, h, i, j: (i >= j) & (j > FIRST[b, i]), "depends on the input"),
+    "two tables": (lambda b, h, i, j: (i >= j) & (NUMBER[i] == ROW[j]), "depends on the input"),
+    "firsts and lasts": (lambda b, h, i, j: (i >= j) & (j >= FIRST[b, i]) & (i <= LAST[b, j]), "two kinds of documents"),
+    "a table read by keys and queries": (lambda b, h, i, j: (i >= j) & (j >= SQUARE[i, j]), "depends on the input"),
+    "a table by batch and number": (lambda b, h, i, j: (i >= j) & (i <= LAST[b, NUMBER[i]]), "depends on the input"),
+    "a table with more than a token reads": (lambda b, h, i, j: (i >= j) & (j >= BEGINS[NUMBER[i] + 1]), "depends on"),
+    "fractions": (lambda b, h, i, j: (i >= j) & (j >= HALF[i]), "depends on the input"),
+    "a longer table": (lambda b, h, i, j: (i >= j) & (LONGER[b, i] == LONGER[b, j]), "documents are of [2, 128]"),
+    "a table of more rows": (lambda b, h, i, j: (i >= j) & (MORE[b, i] == MORE[b, j]), "documents are of [4, 64]"),
 }  # fmt: skip
 
 
@@ -333,9 +490,15 @@ def test_without_gradients_the_users_graph_runs():
 
 
 @pytest.mark.gpu
-def test_a_gpu_trains_with_it():
-    numbers = numbered().cuda()
-    inside = and_masks(causal, lambda b, h, i, j: numbers[b, i] == numbers[b, j])
+@pytest.mark.parametrize("spelled", ["numbers", "torchtitan's for one row", "torchtitan's for more rows"])
+def test_a_gpu_trains_with_it(spelled):
+    numbers, number, begins, last = numbered().cuda(), NUMBER.cuda(), BEGINS.cuda(), LAST.cuda()
+    spellings = {
+        "numbers": lambda b, h, i, j: numbers[b, i] == numbers[b, j],
+        "torchtitan's for one row": lambda b, h, i, j: j >= begins[number[i]],
+        "torchtitan's for more rows": lambda b, h, i, j: i <= last[b, j],
+    }
+    inside = and_masks(causal, spellings[spelled])
     mask = create_block_mask(inside, B, None, N, N, device="cuda", BLOCK_SIZE=16)
     tensors = [x.cuda().bfloat16().requires_grad_() for x in qkv()]
     run = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend="lighthouse", options=FIELDS)

@@ -292,17 +292,6 @@ def test_litgpt(example, default_backend, tmp_path, capsys):
 # --- torchtitan -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torchtitan():
-    """torchtitan's compile call changes Dynamo's settings."""
-    names = ("capture_scalar_outputs", "skip_fwd_side_effects_in_bwd_under_checkpoint")
-    before = {name: getattr(torch._dynamo.config, name) for name in names}
-    without_frameworks(["torchtitan.models.llama3"])
-    yield
-    for name, value in before.items():
-        setattr(torch._dynamo.config, name, value)
-
-
 def test_torchtitan(example, torchtitan, capsys):
     found, stages = example("torchtitan_llama")
     layers = 2
@@ -310,28 +299,6 @@ def test_torchtitan(example, torchtitan, capsys):
     printed = losses(capsys.readouterr().out)
     assert list(printed) == list(range(6)) and float(printed[5]) < float(printed[0])
     assert found["schedule"].finished
-
-
-def test_torchtitans_other_attention_is_not_replaced(torchtitan):
-    from torchtitan.config.override import OverrideConfig, apply_overrides
-    from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention, VarlenAttention
-    from torchtitan.models.gpt_oss import gptoss_configs
-    from torchtitan.models.llama3 import llama3_configs
-
-    imports = OverrideConfig(imports=["lighthouse_fx.integrations.torchtitan.causal_attention"])
-    llama = llama3_configs["debugmodel"](attn_backend="varlen")
-    apply_overrides(imports, llama)
-    inner = {type(layer.attention.inner_attention) for layer in llama.layers}
-    assert inner == {ScaledDotProductAttention.Config}
-
-    windowed = gptoss_configs["debugmodel"](attn_backend="flex", moe_comm_backend="standard")
-    apply_overrides(imports, windowed)
-    assert {type(layer.attention.inner_attention) for layer in windowed.layers} == {FlexAttention.Config}
-
-    sliding = llama3_configs["debugmodel"](attn_backend="varlen")
-    sliding.layers[0].attention.inner_attention = VarlenAttention.Config(window_size=(7, 0))
-    with pytest.raises(ValueError, match=r"window_size=\(7, 0\) is not plainly causal"):
-        apply_overrides(imports, sliding)
 
 
 # --- all --------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ In torchtitan's own trainer the same is, on the command line,
 
     --override.imports lighthouse_fx.integrations.torchtitan.causal_attention --compile.enable --compile.backend lighthouse
 
+or, on a GPU, with `documents` for `causal_attention`, which leaves it the FlexAttention that it has, inside packed documents.
 It has no hook around a step, so there each stage is a run of its own with the same checkpoint folder, the first inside
 `lighthouse_fx.pretraining(config)` and the second inside `lighthouse_fx.dense()`.
 """
