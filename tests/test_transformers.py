@@ -146,3 +146,4 @@ def test_default_convenience():
     model(input_ids=ids, labels=ids).loss.backward()
     report = lighthouse_fx.explain(model, input_ids=ids)
     assert [call.rewritten for call in report.calls] == [False, True, False]
+    assert [call.module for call in report.calls] == [f"model.layers.{layer}.self_attn" for layer in range(LAYERS)]
