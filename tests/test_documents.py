@@ -16,6 +16,7 @@ from small_models import (
     TOKENS,
     Model,
     assert_same_gradients,
+    exact,
     gradients,
     inputs,
     passes_only,
@@ -200,7 +201,7 @@ def by_functional_form(numbers, config=CONFIG):
 @pytest.mark.parametrize("checkpointing", [None, "inside"])
 @pytest.mark.parametrize("backend", [passes_only, "lighthouse"])
 def test_compiled(backend, checkpointing):
-    model, x = Model(checkpointing=checkpointing).double(), inputs(dtype=torch.float64)
+    model, x = Model(checkpointing=checkpointing).to(exact(backend)), inputs(dtype=exact(backend))
     numbers = torch.cat([numbered(10, 23, 31), numbered(64)])
     run = torch.compile(model, backend=backend, options=dict(FIELDS), fullgraph=True)
     with lighthouse_fx.documents(numbers):

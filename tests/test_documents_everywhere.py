@@ -14,6 +14,7 @@ from small_models import (
     Model,
     assert_same_gradients,
     causal,
+    exact,
     inputs,
     passes_only,
     twin,
@@ -135,7 +136,7 @@ def test_frozen_layers():
 
 def test_block_by_block_in_both_stages_and_evaluation():
     """The recommended way: no layer attends across documents, through Inductor."""
-    model, x = Model(3).double(), inputs(dtype=torch.float64)
+    model, x = Model(3).to(exact()), inputs(dtype=exact())
     oracle, dense = twin(model, lighthouse_inside(NUMBERS)), twin(model, dense_inside(NUMBERS))
     oracle.layers[0].attn.attend = dense_inside(NUMBERS)
     lighthouse_fx.compile(model, CONFIG, dense_layers=(0,))
@@ -284,12 +285,12 @@ LIGHTHOUSE, DENSE = ({}, lighthouse_inside), ({"dense_layers": (0,)}, dense_insi
     ],
 )
 def test_documents_need_no_graph_per_length(backend, dynamic, graphs, case):
-    (options, inside), model = case, Model(1).double()
+    (options, inside), model = case, Model(1).to(exact(backend))
     run = torch.compile(model, backend=backend, options=FIELDS | options, dynamic=dynamic)
     for tokens in range(64, 112, 8):
         numbers = torch.cat([numbered(10, tokens - 27, 17), numbered(tokens - 40, 40)])
         with lighthouse_fx.documents(numbers):
-            assert_same_gradients(run, twin(model, inside(numbers)), inputs(tokens=tokens, dtype=torch.float64))
+            assert_same_gradients(run, twin(model, inside(numbers)), inputs(tokens=tokens, dtype=exact(backend)))
     assert len(lighthouse_fx.reports()) == graphs
 
 
