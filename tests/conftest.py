@@ -31,6 +31,16 @@ def clean_start():
     assert stage.current.kind == "default", "this test left a stage behind"
 
 
+def skip_without_interpreter():
+    """Skip the test where Triton's kernels cannot run on the CPU."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton, and a machine without a GPU")
+    import interpreter
+
+    if problem := interpreter.problem():
+        pytest.skip(problem)
+
+
 @pytest.fixture(params=["plain", "interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernels(request, monkeypatch):
     """What serves the ops: the plain twins, Triton under its interpreter on the CPU, or Triton on the GPU.
@@ -38,8 +48,7 @@ def kernels(request, monkeypatch):
     On the GPU every tensor that a test makes lies there. The interpreter serves eager calls; compiled graphs keep the op.
     """
     if request.param == "interpreted":
-        if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-            pytest.skip("needs Triton, and a machine without a GPU")
+        skip_without_interpreter()
         monkeypatch.setattr(dispatch, "serving", lambda device: "Triton")
     if request.param == "gpu":
         torch.set_default_device("cuda")
