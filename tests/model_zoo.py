@@ -27,6 +27,9 @@ _MASK_NOTE = "its layers are always given a mask, so compile it as a whole"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
 
+# Transformers 5.17 itself leaves Gemma 2's soft-capping out, to call scaled_dot_product_attention; 5.24 writes it out instead.
+_GEMMA_2_CALLS_SDPA = transformers.Gemma2PreTrainedModel._supports_sdpa
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -147,8 +150,8 @@ MODELS = {
     "Gemma 2": Entry(
         build=causal("Gemma2", **_GEMMA),
         inputs=token_ids,
-        whole=(False, False),
-        layers=(False, False),
+        whole=(False, _GEMMA_2_CALLS_SDPA),
+        layers=(False, _GEMMA_2_CALLS_SDPA),
     ),
     "Gemma 3": Entry(
         build=causal(

@@ -23,7 +23,8 @@ from lighthouse_fx.blocks import repeated_blocks
 from lighthouse_fx.report import AttentionRecord
 
 pytest.importorskip("transformers")
-from model_zoo import MODELS
+import transformers
+from model_zoo import LAYERS, MODELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 WRITE = "LIGHTHOUSE_WRITE_MODELS"
@@ -196,9 +197,6 @@ not in the table because it cannot be installed beside transformers 5: it needs 
 
 
 def page() -> str:
-    import transformers
-    from model_zoo import LAYERS
-
     return HEAD.format(version=transformers.__version__, layers=LAYERS) + "\n".join(map(row, MODELS)) + "\n"
 
 
@@ -223,6 +221,9 @@ def reasons(entire: Step, layers: Step) -> str:
 
 @pytest.mark.slow
 def test_the_page_is_what_was_found():
+    writes = f"as transformers {transformers.__version__} writes them"
+    if not os.environ.get(WRITE) and writes not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip(f"docs/models.md is of another version than transformers {transformers.__version__}")
     text = page()
     if os.environ.get(WRITE):
         PAGE.write_text(text, encoding="utf-8")
