@@ -63,8 +63,8 @@ def check_blocks(
     if count.device.type == "cuda":
         assert_async(
             right & ~wrong.any(),
-            f"the block_mask of {call} lists other blocks than its causal mask_mod shows: make it with create_block_mask of this "
-            "mask_mod, of documents numbered in order",
+            f"the block_mask of {call} lists other blocks than its causal mask_mod shows: make it with create_block_mask of "
+            "this mask_mod, of documents numbered in order",
         )
     elif not right:
         raise ValueError(_message(call, "lists more blocks than there are"))

@@ -214,7 +214,7 @@ def test_packed_sequences_are_left(flash):
 
 
 def test_one_tensor_given_twice(flash):
-    """torch 2.11 has one graph; 2.13 breaks it, and the parts see the operator alone, whose backward is not theirs to change."""
+    """torch 2.13 breaks the graph there, and its parts see the operator alone, whose backward is not theirs to change."""
     function = torch.compile(lambda q, v: flash.flash_attn_func(q, q, v, causal=True) * 2, backend=passes_only, options=FIELDS)
     before = len(lighthouse_fx.reports())
     q, _, v = qkv()

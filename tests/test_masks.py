@@ -96,7 +96,7 @@ FULL = {
     "ones": lambda: torch.ones(N, N, dtype=torch.bool),
     "positions from 0 on, as transformers 5.17 writes it": lambda: ((torch.arange(N) + 0)[:, None] >= 0).expand(2, 1, N, N),
     "keys not below 0": lambda: ~(torch.arange(N) < 0).expand(N, N),
-    "0 is no position more": lambda: (0 < torch.arange(N) + 1).expand(N, N),
+    "0 is no position more": lambda: torch.less(0 * torch.arange(N), torch.arange(N) + 1).expand(N, N),
     "the sum of both": lambda: torch.arange(N)[:, None] + 2 * torch.arange(N) != -1,
 }
 
