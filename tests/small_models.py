@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -76,18 +74,6 @@ def twin(model, attend):
     copy = type(model)(len(model.layers), attend, model.checkpointing)
     copy.load_state_dict(model.state_dict())
     return copy.to(next(model.parameters()).dtype)
-
-
-@functools.cache
-def _trains_in_float64():
-    """Whether Inductor can: torch 2.11 takes the CPU attention's log-sum-exp for float32, which it is not, and fails."""
-    q = torch.empty(1, 1, 2, 8, dtype=torch.float64, device="meta")
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)[1].dtype == torch.float64
-
-
-def exact(backend="lighthouse"):
-    """The most exact dtype in which attention trains through a backend on the CPU: float64, where torch does that right."""
-    return torch.float64 if backend is passes_only or _trains_in_float64() else torch.float32
 
 
 def inputs(batch=2, tokens=TOKENS, dtype=torch.float32):

@@ -13,7 +13,6 @@ from small_models import (
     Block,
     Model,
     assert_same_gradients,
-    exact,
     functional,
     gradients,
     inputs,
@@ -25,7 +24,7 @@ from torch import nn
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
 
-STRICT = {"rtol": 1e-10, "atol": 1e-12} if exact() == torch.float64 else {}
+STRICT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def compiled(model, **arguments):
@@ -41,16 +40,20 @@ def test_backend_is_known_without_an_import():
     assert "lighthouse" in torch._dynamo.list_backends()
 
 
-def test_training_equals_the_functional_form():
-    model = Model(2).to(exact())
-    assert_same_gradients(compiled(model, fullgraph=True), twin(model, functional()), inputs(dtype=exact()), **STRICT)
+@pytest.mark.usefixtures("float64_through_inductor")
+def test_training_equals_the_functional_form_in_float64():
+    model = Model(2).double()
+    assert_same_gradients(
+        compiled(model, fullgraph=True), twin(model, functional()), inputs(dtype=torch.float64), **STRICT
+    )
     assert last().rewritten == 2
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_same_loss_curve_as_the_functional_form():
-    model = Model(2).to(exact())
+    model = Model(2).double()
     oracle = twin(model, functional())
-    batches = [inputs(dtype=exact()) for _ in range(4)]
+    batches = [inputs(dtype=torch.float64) for _ in range(4)]
 
     def train(run, parameters):
         optimiser = torch.optim.AdamW(parameters, lr=1e-2)
@@ -64,7 +67,7 @@ def test_same_loss_curve_as_the_functional_form():
         return losses
 
     found, expected = train(compiled(model), model.parameters()), train(oracle, oracle.parameters())
-    assert found == pytest.approx(expected, rel=1e-9 if exact() == torch.float64 else 1e-5)
+    assert found == pytest.approx(expected, rel=1e-9)
     assert found[-1] < found[0]
 
 
@@ -95,12 +98,13 @@ def test_eager_model_is_untouched():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_dynamic_length_is_one_graph():
-    model = Model(1).to(exact())
+    model = Model(1).double()
     ours, oracle = compiled(model, dynamic=True, fullgraph=True), twin(model, functional())
     before = len(lighthouse_fx.reports())
     for tokens in (64, 81, 119, 200):
-        assert_same_gradients(ours, oracle, inputs(tokens=tokens, dtype=exact()), **STRICT)
+        assert_same_gradients(ours, oracle, inputs(tokens=tokens, dtype=torch.float64), **STRICT)
     assert len(lighthouse_fx.reports()) == before + 1
     (call,) = last().calls
     assert call.rewritten and isinstance(call.length, str)

@@ -16,7 +16,6 @@ from small_models import (
     TOKENS,
     Model,
     assert_same_gradients,
-    exact,
     gradients,
     inputs,
     passes_only,
@@ -198,10 +197,11 @@ def by_functional_form(numbers, config=CONFIG):
     )
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.parametrize("checkpointing", [None, "inside"])
 @pytest.mark.parametrize("backend", [passes_only, "lighthouse"])
 def test_compiled(backend, checkpointing):
-    model, x = Model(checkpointing=checkpointing).to(exact(backend)), inputs(dtype=exact(backend))
+    model, x = Model(checkpointing=checkpointing).double(), inputs(dtype=torch.float64)
     numbers = torch.cat([numbered(10, 23, 31), numbered(64)])
     run = torch.compile(model, backend=backend, options=dict(FIELDS), fullgraph=True)
     with lighthouse_fx.documents(numbers):

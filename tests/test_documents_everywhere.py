@@ -14,7 +14,6 @@ from small_models import (
     Model,
     assert_same_gradients,
     causal,
-    exact,
     inputs,
     passes_only,
     twin,
@@ -134,9 +133,10 @@ def test_frozen_layers():
     assert [call.rewritten for call in lighthouse_fx.reports()[-1].calls] == [False, True]
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_block_by_block_in_both_stages_and_evaluation():
     """The recommended way: no layer attends across documents, through Inductor."""
-    model, x = Model(3).to(exact()), inputs(dtype=exact())
+    model, x = Model(3).double(), inputs(dtype=torch.float64)
     oracle, dense = twin(model, lighthouse_inside(NUMBERS)), twin(model, dense_inside(NUMBERS))
     oracle.layers[0].attn.attend = dense_inside(NUMBERS)
     lighthouse_fx.compile(model, CONFIG, dense_layers=(0,))
@@ -274,6 +274,7 @@ def test_other_documents_around_a_recomputation_are_an_error_in_dense_layers_too
 LIGHTHOUSE, DENSE = ({}, lighthouse_inside), ({"dense_layers": (0,)}, dense_inside)
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.parametrize(
     "backend, dynamic, graphs, case",
     [
@@ -285,12 +286,12 @@ LIGHTHOUSE, DENSE = ({}, lighthouse_inside), ({"dense_layers": (0,)}, dense_insi
     ],
 )
 def test_documents_need_no_graph_per_length(backend, dynamic, graphs, case):
-    (options, inside), model = case, Model(1).to(exact(backend))
+    (options, inside), model = case, Model(1).double()
     run = torch.compile(model, backend=backend, options=FIELDS | options, dynamic=dynamic)
     for tokens in range(64, 112, 8):
         numbers = torch.cat([numbered(10, tokens - 27, 17), numbered(tokens - 40, 40)])
         with lighthouse_fx.documents(numbers):
-            assert_same_gradients(run, twin(model, inside(numbers)), inputs(tokens=tokens, dtype=exact(backend)))
+            assert_same_gradients(run, twin(model, inside(numbers)), inputs(tokens=tokens, dtype=torch.float64))
     assert len(lighthouse_fx.reports()) == graphs
 
 
