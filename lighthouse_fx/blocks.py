@@ -226,6 +226,8 @@ class _WatchedCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self.compiled is not None
+        if torch.compiler.is_dynamo_compiling():  # an outer graph takes the block in: nothing runs yet
+            return self.block._call_impl(*args, **kwargs)
         if not (self.block.training and torch.is_grad_enabled() and stage.current.kind != "dense"):
             return self.compiled(*args, **kwargs)
         with journal.watch() as calls:

@@ -21,6 +21,11 @@ from .untouched import untouched
 
 _NO_LIMIT = 1 << 30
 _SMALL = 1 << 20  # bytes: what is not worth a mapping of its own
+_NO_GRAPH = (
+    "Dynamo traced no graph at all, so nothing is known of this model: either it skips the model's code, or (before torch "
+    "2.12) this process has traced that code as often as torch._dynamo.config.recompile_limit allows; then call "
+    "torch._dynamo.reset() first"
+)
 
 
 def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | None = None, **kwargs: Any) -> Report:
@@ -29,7 +34,8 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
     No graph is run: what it would return is replaced by zeros. The model's Python code does run, once, and where it breaks
     the graph (`.item()`, a disabled function) it runs on those zeros. Afterwards the attributes of the model's modules are
     what they were; what the code does elsewhere (globals, printing, tensors written between graphs) is not undone, and
-    Dynamo keeps, as after any compilation, what it traced after a graph break.
+    Dynamo keeps, as after any compilation, what it traced of a model that breaks its graph; before torch 2.12 that counts
+    towards its recompile limit.
     Train or eval mode, gradient mode and the stage are taken as they are now.
 
     Args:
@@ -57,7 +63,7 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
 
     with untouched((model, *args, *kwargs.values())):
         compile_anew(model, record_only, dynamic=bool(setting.dynamic))(*args, **kwargs)
-    return Report(graphs=tuple(graphs), title=_title(model), notes=setting.notes)
+    return Report(graphs=tuple(graphs), title=_title(model), notes=setting.notes if graphs else (*setting.notes, _NO_GRAPH))
 
 
 def compile_anew(

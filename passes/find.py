@@ -99,7 +99,9 @@ def clean_path(source: str) -> str:
 
 def bare(path: str) -> str:
     """A module's path without the wrappers that compilers and checkpointing put around modules."""
-    return path.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_compiled_call_impl.block."):  # the last by blocks.py
+        path = path.replace(wrapper, "")
+    return path
 
 
 def source_line(node: fx.Node) -> str:

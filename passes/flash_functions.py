@@ -15,8 +15,8 @@ Dynamo traces through `flash_attn_func` into its autograd function, so that the 
 A function that was allowed in the graph (`torch.compiler.allow_in_graph`) is one node instead. flash-attn itself needs a GPU
 to be built: this was written after the code of its version 2.7, and tried with a stand-in that has its signatures, its custom
 operators and its autograd function. Version 3 and the builds of Hugging Face's hub name their operators otherwise; those are
-not recognised. Where one tensor is given twice (the borders, too), Dynamo does not trace an autograd function and breaks the
-graph.
+not recognised. Where one tensor is given twice (the borders, too), torch 2.13 does not trace an autograd function and breaks
+the graph.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def _attended(body: fx.GraphModule, inside: fx.Node, value: Any) -> tuple[fx.Nod
     """The operator's first output, and what the autograd function returns of it: all, or a slice that is all."""
     (output,) = body.graph.find_nodes(op="output")
     returned: Any = output.args[0]
-    (result,) = returned[0]
+    result, *_ = returned[0]  # before torch 2.13 what the backward may need follows; `only_output` sees that nothing takes it
     source = result
     if operation_name(result) == "getitem" and result.args[0] is not inside:
         source, (dots, part) = result.args

@@ -204,8 +204,11 @@ def compare(relation: str, left: Element, right: Element) -> Cases:
         return _boolean(compare("le", left, right).where(bool) & compare("le", right, left).where(bool))
     difference = left - right  # <= 0, or <= -1 where the relation is strict
     terms, constant = dict(difference.terms), difference.constant + (relation == "lt")
-    if not terms:
-        return _boolean(EVERY if constant <= 0 else NOWHERE)
+    shifted = Affine(difference.terms, constant)
+    if (shifted * -1).is_natural:
+        return _boolean(EVERY)
+    if (shifted - Affine(constant=1)).is_natural:
+        return _boolean(NOWHERE)
     factor = terms.get("i", 0)
     if not factor or terms != {"i": factor, "j": -factor}:
         raise Unproven("it depends on a position other than by comparing query and key")

@@ -32,6 +32,8 @@ _LITGPT_LLAMA = {
     "n_query_groups": 2, "norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP", "parallel_residual": False,
     "bias": False, "rotary_percentage": 1.0,
 }  # fmt: skip
+# Transformers 5.17 itself leaves Gemma 2's soft-capping out, to call scaled_dot_product_attention; 5.24 writes it out instead.
+_GEMMA_2_CALLS_SDPA = transformers.Gemma2PreTrainedModel._supports_sdpa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,8 @@ MODELS = {
     "Gemma 2": Entry(
         build=causal("Gemma2", **_GEMMA),
         inputs=token_ids,
-        whole=(False, False),
-        layers=(False, False),
+        whole=(False, _GEMMA_2_CALLS_SDPA),
+        layers=(False, _GEMMA_2_CALLS_SDPA),
     ),
     "Gemma 3": Entry(
         build=causal(

@@ -87,6 +87,7 @@ def test_numbers_and_gradients_are_those_of_the_functional_form(name):
     torch.testing.assert_close(found, expected(model, x), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [None, "inside"])
 def test_through_inductor(checkpointing, looks):

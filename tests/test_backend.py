@@ -40,6 +40,7 @@ def test_backend_is_known_without_an_import():
     assert "lighthouse" in torch._dynamo.list_backends()
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_training_equals_the_functional_form_in_float64():
     model = Model(2).double()
     assert_same_gradients(
@@ -48,6 +49,7 @@ def test_training_equals_the_functional_form_in_float64():
     assert last().rewritten == 2
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_same_loss_curve_as_the_functional_form():
     model = Model(2).double()
     oracle = twin(model, functional())
@@ -96,6 +98,7 @@ def test_eager_model_is_untouched():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_dynamic_length_is_one_graph():
     model = Model(1).double()
     ours, oracle = compiled(model, dynamic=True, fullgraph=True), twin(model, functional())

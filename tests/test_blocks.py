@@ -34,6 +34,7 @@ def mixed_twin(model, dense):
     return oracle
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_blocks_are_compiled_in_place_and_the_chosen_ones_stay_dense():
     model = Model(6).double()
     oracle = mixed_twin(model, (0, 1, 4, 5))

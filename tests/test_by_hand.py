@@ -217,6 +217,7 @@ def test_a_model(checkpointing):
     assert lighthouse_fx.reports()[-1].rewritten == 2, lighthouse_fx.reports()[-1].summary()
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.slow
 def test_a_model_through_inductor():
     model = Model(attend=grouped, checkpointing="inside").double()

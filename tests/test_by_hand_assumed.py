@@ -67,6 +67,7 @@ def test_a_buffer_as_in_nano_gpt():
     assert "not proved to be only causal" in call.reason and "assume_causal=True" in call.remedy
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.slow
 def test_through_inductor():
     model, x = NanoAttention().double(), inputs(dtype=torch.float64)

@@ -24,6 +24,7 @@ class Around(nn.Module):
         return checkpoint(self.compiled[0], x, use_reentrant=self.use_reentrant)
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_inside_the_compiled_region():
     model = Model(2, checkpointing="inside").double()
     run = torch.compile(model, backend="lighthouse", options=FIELDS, fullgraph=True)
@@ -31,6 +32,7 @@ def test_inside_the_compiled_region():
     assert lighthouse_fx.reports()[-1].rewritten == 2
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_around_the_compiled_region():
     model = Model(2).double()
     run = torch.compile(model, backend="lighthouse", options=FIELDS)

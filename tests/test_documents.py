@@ -198,6 +198,7 @@ def by_functional_form(numbers, config=CONFIG):
     )
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.parametrize("checkpointing", [None, "inside"])
 @pytest.mark.parametrize("backend", [passes_only, "lighthouse"])
 def test_compiled(backend, checkpointing):

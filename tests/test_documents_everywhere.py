@@ -133,6 +133,7 @@ def test_frozen_layers():
     assert [call.rewritten for call in lighthouse_fx.reports()[-1].calls] == [False, True]
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 def test_block_by_block_in_both_stages_and_evaluation():
     """The recommended way: no layer attends across documents, through Inductor."""
     model, x = Model(3).double(), inputs(dtype=torch.float64)
@@ -273,6 +274,7 @@ def test_other_documents_around_a_recomputation_are_an_error_in_dense_layers_too
 LIGHTHOUSE, DENSE = ({}, lighthouse_inside), ({"dense_layers": (0,)}, dense_inside)
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.parametrize(
     "backend, dynamic, graphs, case",
     [

@@ -92,7 +92,21 @@ CAUSAL = IN_PLACE | {
     "by index tensors": lambda: by_arange()[torch.arange(N)[:, None], torch.arange(N)[None, :]],
 }
 
+FULL = {
+    "ones": lambda: torch.ones(N, N, dtype=torch.bool),
+    "positions from 0 on, as transformers 5.17 writes it": lambda: ((torch.arange(N) + 0)[:, None] >= 0).expand(2, 1, N, N),
+    "keys not below 0": lambda: ~(torch.arange(N) < 0).expand(N, N),
+    "0 is no position more": lambda: torch.less(0 * torch.arange(N), torch.arange(N) + 1).expand(N, N),
+    "the sum of both": lambda: torch.arange(N)[:, None] + 2 * torch.arange(N) != -1,
+}
+
 OTHER = {
+    "first row sees nothing": lambda: (torch.arange(N)[:, None] >= 1).expand(N, N),
+    "first row sees nothing, counted from -1": lambda: (torch.arange(-1, N - 1)[:, None] >= 0).expand(N, N),
+    "last key hidden": lambda: (torch.arange(N) < N - 1).expand(N, N),
+    "last key hidden, counted down": lambda: (N - 2 - torch.arange(N) >= 0).expand(N, N),
+    "wraps around": lambda: (torch.arange(N, dtype=torch.int32) + (2**31 - 2) >= 0).expand(N, N),
+    "all hidden": lambda: (torch.arange(N) < 0).expand(N, N),
     "strictly causal": lambda: torch.ones(N, N, dtype=torch.bool).tril(-1),
     "one ahead": lambda: torch.ones(N, N, dtype=torch.bool).tril(1),
     "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
@@ -150,9 +164,13 @@ def test_other_mask_is_left(name):
     assert "lighthouse" not in str(targets(gm))
 
 
-def test_full_mask_is_no_mask():
-    _, call = only_call(lambda q: attend(q, torch.ones(N, N, dtype=torch.bool)), heads())
+@pytest.mark.parametrize("name", FULL)
+def test_full_mask_is_no_mask(name):
+    build = FULL[name]
+    assert build().all()
+    gm, call = only_call(lambda q: attend(q, build()), heads())
     assert call.refusal is None and call.is_causal is False
+    assert "arange" not in str(targets(gm))
 
 
 def test_sliding_window_is_named():

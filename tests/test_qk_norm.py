@@ -458,6 +458,7 @@ def test_norm_inside_a_checkpoint():
     torch.testing.assert_close(found, outcome(oracle, x), **EXACT)
 
 
+@pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.slow
 def test_through_inductor():
     model, oracle = (QKNorm(NORMS["written out"], rotate_half, raw=raw) for raw in (False, True))

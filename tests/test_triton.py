@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import skip_without_interpreter
 
 from lighthouse_fx.kernels import Pyramid, reference
 
@@ -18,8 +19,8 @@ pytest.importorskip("triton")
 
 @pytest.fixture(params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
 def triton_kernels(request):
-    if request.param == "interpreted" and torch.cuda.is_available():
-        pytest.skip("a machine with a GPU runs the kernels there")
+    if request.param == "interpreted":
+        skip_without_interpreter()
     from lighthouse_fx.kernels import triton_kernels as kernels
 
     if request.param == "gpu":
