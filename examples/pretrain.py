@@ -48,13 +48,13 @@ def flags() -> argparse.Namespace:
     add("--heads", type=int, default=4, help="query heads")
     add("--kv-heads", type=int, default=2, help="key/value heads")
     add("--mlp", type=int, help="width of the MLP; by default 1.5 times --width, as in the paper")
-    add("--levels", type=int, default=3, help="pyramid levels")
+    add("--levels", type=int, default=2, help="pyramid levels")
     add("--pooling", type=int, default=4, help="pooling factor between levels")
-    add("--topk", type=int, default=64, help="windows expanded per level")
+    add("--topk", type=int, help="windows expanded per level; by default the recommended ones, half of the tokens")
     add("--scorer", default="norm", help="what ranks windows: norm, dilated or gla")
     add("--dense-layers", type=int, nargs="*", default=[0, -1], help="layers that stay dense; -1 is the last")
     add("--steps", type=int, default=640, help="steps of both stages together")
-    add("--lighthouse-steps", type=int, help="steps of stage 1; by default 5/8 of all, as in the paper")
+    add("--lighthouse-steps", type=int, help="steps of stage 1; by default half of all")
     add("--lr", type=float, default=3e-3, help="highest learning rate")
     add("--warmup", type=int, default=40, help="steps in which the learning rate rises")
     add("--validate-every", type=int, help="steps between validations; by default an eighth of all")
@@ -68,9 +68,10 @@ def flags() -> argparse.Namespace:
     add("--out", type=Path, default=Path("out"), help="folder for pictures and result.json")
     args = parser.parse_args()
     if args.lighthouse_steps is None:
-        args.lighthouse_steps = max(1, args.steps * 5 // 8)
+        args.lighthouse_steps = max(1, args.steps // 2)
     if not 1 <= args.lighthouse_steps <= args.steps:
         parser.error(f"--lighthouse-steps {args.lighthouse_steps}: give 1 to --steps, which is {args.steps}")
+    args.topk = args.topk or LighthouseConfig.recommended(args.seq_len, pooling=args.pooling).topk
     args.mlp = args.mlp or args.width * 3 // 2
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     args.validate_every = args.validate_every or max(1, args.steps // 8)

@@ -88,7 +88,9 @@ class LighthouseConfig:
         _integer_from(1, "length=16_384, the tokens of a sequence")("length", length)
         pooling = fields.get("pooling", 4)
         topk = max(1, length // (2 * pooling))
-        return cls(**{"levels": 2, "pooling": pooling, "topk": topk - topk % _ROUND if topk > _ROUND else topk} | fields)
+        topk -= topk % _ROUND if topk > _ROUND else 0
+        # Three quarters of N and its tail are gathered, so max_kept is a little more.
+        return cls(**{"levels": 2, "pooling": pooling, "topk": topk, "max_kept": 0.8} | fields)
 
 
 def config_field_names() -> tuple[str, ...]:

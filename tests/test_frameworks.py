@@ -74,7 +74,7 @@ def test_plain(example, capsys, tmp_path):
     assert stages == [LIGHTHOUSE] * 4 + [DENSE] * 2
     whole = losses(printed)
     assert list(whole) == list(range(6)) and float(whole[5]) < float(whole[0])
-    assert "step 4: dense attention from here on" in printed
+    assert "step 3: dense attention from here on" in printed
 
     # As if killed after step 2.
     torch.save(torch.load(tmp_path / "last.pt") | {"schedule": after(3)}, tmp_path / "last.pt")
@@ -285,7 +285,7 @@ def test_litgpt(example, default_backend, tmp_path, capsys):
     trained = [reason for reason in stages if "not worth it" not in reason]  # that was validation outside the stages
     assert trained == [LIGHTHOUSE] * 4 * micro * layers + [DENSE] * 2 * micro * layers
     assert found["schedule"].finished
-    assert "step 4: dense attention from here on" in capsys.readouterr().out
+    assert "step 3: dense attention from here on" in capsys.readouterr().out
     assert (tmp_path / "final" / "lit_model.pth").exists()
 
 

@@ -23,7 +23,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 model, optimizer, batches = accelerator.prepare(
     model, optimizer, torch.utils.data.DataLoader(Counting(), batch_size=4)
 )
-schedule = TwoStage(STEPS, fraction=0.625)
+schedule = TwoStage(STEPS)
 accelerator.register_for_checkpointing(schedule)
 if folder.exists():
     accelerator.load_state(str(folder))

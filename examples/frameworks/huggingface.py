@@ -26,7 +26,7 @@ arguments = TrainingArguments(
     use_cpu=True,
     report_to=[],
 )
-callback = LighthouseCallback(TwoStage(STEPS, fraction=0.625), PYRAMID, dense_layers=(0, -1))
+callback = LighthouseCallback(TwoStage(STEPS), PYRAMID, dense_layers=(0, -1))
 trainer = Trainer(
     model=llama(), args=arguments, train_dataset=Counting(), eval_dataset=Counting(), callbacks=[callback]
 )

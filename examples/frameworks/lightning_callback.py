@@ -29,7 +29,7 @@ class Pretraining(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-callback = LighthouseCallback(TwoStage(STEPS, fraction=0.625), PYRAMID, dense_layers=(0, -1))
+callback = LighthouseCallback(TwoStage(STEPS), PYRAMID, dense_layers=(0, -1))
 trainer = pl.Trainer(
     max_steps=STEPS,
     accumulate_grad_batches=2,

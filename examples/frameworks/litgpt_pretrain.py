@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lighthouse_fx import TwoStage
 
 MICRO = 2
-schedule = TwoStage(STEPS, fraction=0.625, config=PYRAMID, on_event=lambda event: print(event.message))
+schedule = TwoStage(STEPS, config=PYRAMID, on_event=lambda event: print(event.message))
 
 
 class Staged(IterableDataset):

@@ -14,7 +14,7 @@ import lighthouse_fx
 checkpoint = Path(sys.argv[1] if len(sys.argv) > 1 else "out") / "last.pt"
 model = lighthouse_fx.compile(llama(), PYRAMID, dense_layers=(0, -1))
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-schedule = lighthouse_fx.TwoStage(STEPS, fraction=0.625, on_event=lambda event: print(event.message))
+schedule = lighthouse_fx.TwoStage(STEPS, on_event=lambda event: print(event.message))
 parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
 if checkpoint.exists():
     for name, state in torch.load(checkpoint).items():

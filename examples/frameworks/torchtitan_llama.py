@@ -29,7 +29,7 @@ model.init_states()
 one = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
 apply_compile(model, compile_config=CompileConfig(enable=True, backend="lighthouse"), parallel_dims=one)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-schedule = TwoStage(STEPS, fraction=0.625, config=PYRAMID)
+schedule = TwoStage(STEPS, config=PYRAMID)
 data = Counting()
 for step in schedule:
     with schedule.stage():

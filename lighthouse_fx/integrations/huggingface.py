@@ -1,6 +1,6 @@
 """Hugging Face `Trainer`: a callback that compiles the model block by block and switches stages.
 
-    Trainer(model=model, args=args, ..., callbacks=[LighthouseCallback(TwoStage(args.max_steps, fraction=0.625))])
+    Trainer(model=model, args=args, ..., callbacks=[LighthouseCallback(TwoStage(args.max_steps))])
 
 Trainer's own `torch_compile_backend` takes no backend that it does not know, so leave `torch_compile` off.
 """

@@ -1,6 +1,6 @@
 """Lightning: a callback that compiles the module block by block and switches stages.
 
-    Trainer(max_steps=1000, callbacks=[LighthouseCallback(TwoStage(1000, fraction=0.625))])
+    Trainer(max_steps=1000, callbacks=[LighthouseCallback(TwoStage(1000))])
 """
 
 from __future__ import annotations

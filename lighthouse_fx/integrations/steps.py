@@ -14,7 +14,7 @@ class Steps:
     def __init__(self, schedule: TwoStage) -> None:
         if not isinstance(schedule, TwoStage):
             raise TypeError(
-                f"schedule={schedule!r} is a {type(schedule).__name__}: give lighthouse_fx.TwoStage(max_steps, fraction=0.625)"
+                f"schedule={schedule!r} is a {type(schedule).__name__}: give lighthouse_fx.TwoStage(max_steps)"
             )
         self.schedule = schedule
         self.saved: dict[str, Any] = schedule.state_dict()
