@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -34,11 +33,8 @@ class Plan:
     validate_every: int
 
     def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then a cosine to a tenth, across both stages."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+        """Learning rate: linear warm-up, then level across both stages, then down to nothing over the last fifth."""
+        return self.lr * min(1.0, (step + 1) / self.warmup, (self.steps - step) / (0.2 * self.steps))
 
     def validates_after(self, step: int) -> bool:
         """Whether validation follows this many steps."""

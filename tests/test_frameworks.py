@@ -52,7 +52,7 @@ def losses(printed):
 
 def after(done):
     """The schedule's state in a checkpoint after some steps."""
-    schedule = TwoStage(6, fraction=0.625)
+    schedule = TwoStage(6)
     for step in schedule:
         schedule.finish()
         if step + 1 == done:
@@ -71,15 +71,15 @@ def test_plain(example, capsys, tmp_path):
     without_frameworks(["transformers"])
     _, stages = example("plain")
     printed = capsys.readouterr().out
-    assert stages == [LIGHTHOUSE] * 4 + [DENSE] * 2
+    assert stages == [LIGHTHOUSE] * 3 + [DENSE] * 3
     whole = losses(printed)
     assert list(whole) == list(range(6)) and float(whole[5]) < float(whole[0])
     assert "step 3: dense attention from here on" in printed
 
-    # As if killed after step 2.
-    torch.save(torch.load(tmp_path / "last.pt") | {"schedule": after(3)}, tmp_path / "last.pt")
+    # As if killed after two steps.
+    torch.save(torch.load(tmp_path / "last.pt") | {"schedule": after(2)}, tmp_path / "last.pt")
     _, stages = example("plain")
-    assert stages == [LIGHTHOUSE] + [DENSE] * 2
+    assert stages == [LIGHTHOUSE] + [DENSE] * 3
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_huggingface(example, tmp_path):
     without_frameworks(["transformers", "accelerate"])
     found, stages = example("huggingface")
     micro = 2
-    assert stages == [LIGHTHOUSE] * 4 * micro + [DENSE] * 2 * micro
+    assert stages == [LIGHTHOUSE] * 3 * micro + [DENSE] * 3 * micro
     assert found["callback"]._steps.schedule.finished
     whole = logged(found)
     assert len(whole) == 6 and whole[-1] < whole[0]
@@ -100,7 +100,7 @@ def test_huggingface(example, tmp_path):
     for later in (4, 6):
         shutil.rmtree(tmp_path / f"checkpoint-{later}")
     found, stages = example("huggingface")
-    assert stages == [LIGHTHOUSE] * 2 * micro + [DENSE] * 2 * micro
+    assert stages == [LIGHTHOUSE] * micro + [DENSE] * 3 * micro
     assert logged(found) == whole, "a resumed run has other losses"
 
 
@@ -177,7 +177,7 @@ def test_accelerate(example, capsys, tmp_path):
     folder = tmp_path / "state"
     found, stages = example("accelerate_regions", folder)
     blocks, micro = 3, 2
-    assert stages == [LIGHTHOUSE] * 4 * micro * blocks + [DENSE] * 2 * micro * blocks
+    assert stages == [LIGHTHOUSE] * 3 * micro * blocks + [DENSE] * 3 * micro * blocks
     whole = losses(capsys.readouterr().out)
     assert list(whole) == list(range(6)) and float(whole[5]) < float(whole[0])
     assert found["schedule"].finished
@@ -185,9 +185,9 @@ def test_accelerate(example, capsys, tmp_path):
         _, stages = example("accelerate_regions", folder)
     assert stages == []
     (kept,) = folder.glob("custom_checkpoint_*")
-    torch.save(after(3), kept)
+    torch.save(after(2), kept)
     _, stages = example("accelerate_regions", folder)
-    assert stages == [LIGHTHOUSE] * micro * blocks + [DENSE] * 2 * micro * blocks
+    assert stages == [LIGHTHOUSE] * micro * blocks + [DENSE] * 3 * micro * blocks
 
 
 # --- Lightning --------------------------------------------------------------------------------------------------------
@@ -198,11 +198,11 @@ def test_lightning(example, tmp_path):
     without_frameworks(["lightning", "transformers"])
     found, stages = example("lightning_callback")
     micro = 2
-    assert stages == [LIGHTHOUSE] * 4 * micro + [DENSE] * 2 * micro
+    assert stages == [LIGHTHOUSE] * 3 * micro + [DENSE] * 3 * micro
     (earlier,) = tmp_path.glob("*step=2.ckpt")
     shutil.copy(earlier, tmp_path / "last.ckpt")
     found, stages = example("lightning_callback")
-    assert stages == [LIGHTHOUSE] * 2 * micro + [DENSE] * 2 * micro
+    assert stages == [LIGHTHOUSE] * micro + [DENSE] * 3 * micro
     assert found["trainer"].global_step == 6
 
 
@@ -283,7 +283,7 @@ def test_litgpt(example, default_backend, tmp_path, capsys):
     found, stages = example("litgpt_pretrain")
     micro, layers = 2, 2
     trained = [reason for reason in stages if "not worth it" not in reason]  # that was validation outside the stages
-    assert trained == [LIGHTHOUSE] * 4 * micro * layers + [DENSE] * 2 * micro * layers
+    assert trained == [LIGHTHOUSE] * 3 * micro * layers + [DENSE] * 3 * micro * layers
     assert found["schedule"].finished
     assert "step 3: dense attention from here on" in capsys.readouterr().out
     assert (tmp_path / "final" / "lit_model.pth").exists()
@@ -295,7 +295,7 @@ def test_litgpt(example, default_backend, tmp_path, capsys):
 def test_torchtitan(example, torchtitan, capsys):
     found, stages = example("torchtitan_llama")
     layers = 2
-    assert stages == [LIGHTHOUSE] * 4 * layers + [DENSE] * 2 * layers
+    assert stages == [LIGHTHOUSE] * 3 * layers + [DENSE] * 3 * layers
     printed = losses(capsys.readouterr().out)
     assert list(printed) == list(range(6)) and float(printed[5]) < float(printed[0])
     assert found["schedule"].finished
