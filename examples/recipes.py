@@ -38,7 +38,7 @@ from lighthouse_fx import LighthouseConfig, Passkey, lighthouse_attention
 from lighthouse_fx.passkey import find_passkeys
 
 console = Console(width=None if sys.stdout.isatty() else 140)
-Phase = tuple[float, LighthouseConfig | None]  # share of all steps; None: dense attention
+Phase = tuple[float, LighthouseConfig | str | None]  # share of all steps; "recommended" for the length; None: dense attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +74,7 @@ def wide(share: float, *, topk: int = 2048, pooling: int = 4) -> tuple[Phase, ..
 _WIDE = Recipe(phases=wide(0.625), about="two levels, k=2,048: half of the tokens")
 RECIPES = {
     "dense": Recipe(phases=((1.0, None),), about="dense attention throughout"),
+    "recommended": Recipe(phases=((0.5, "recommended"), (0.5, None)), about="the recommended recipe for the length"),
     "k1024": _K1024,
     "k256": replace(_K1024, phases=two_stages(0.625, topk=256), about="the same with k=256"),
     "k1024-rescaled": replace(_K1024, rescale=True, about="k1024, output projections rescaled at the switch"),
@@ -153,12 +154,14 @@ def flags() -> argparse.Namespace:
     return args
 
 
-def boundaries(recipe: Recipe, steps: int) -> list[tuple[int, LighthouseConfig | None]]:
-    """The last step, exclusive, of each phase."""
+def boundaries(recipe: Recipe, args: argparse.Namespace) -> list[tuple[int, LighthouseConfig | None]]:
+    """The last step, exclusive, of each phase, and its attention."""
     ends, done = [], 0.0
     for share, config in recipe.phases:
         done += share
-        ends.append((round(done * steps), config))
+        if isinstance(config, str):
+            config = LighthouseConfig.recommended(args.seq_len)
+        ends.append((round(done * args.steps), config))
     return ends
 
 
@@ -167,7 +170,7 @@ def rate(args: argparse.Namespace, recipe: Recipe, step: int) -> float:
     if args.schedule == "wsd":
         left = (args.steps - step) / (0.2 * args.steps)
         return float(args.lr * min(1.0, (step + 1) / args.warmup, left))
-    ends = [end for end, _ in boundaries(recipe, args.steps)]
+    ends = [end for end, _ in boundaries(recipe, args)]
     first = ends[-2] if recipe.restart and step >= ends[-2] else 0
     done = max(0, step - first - args.warmup) / max(1, args.steps - first - args.warmup)
     return float(args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done))) * min(1.0, (step - first + 1) / args.warmup))
@@ -249,7 +252,7 @@ def train(name: str, args: argparse.Namespace, text: Text, validation: Tensor) -
             for weight, master in zip(optimizer.weights, optimizer.masters, strict=True):
                 weight.copy_(master)
         optimizer.adam.load_state_dict(state["adam"])
-    ends = boundaries(recipe, args.steps)
+    ends = boundaries(recipe, args)
     for step in track(range(len(result["losses"]), args.steps), description=name, transient=True):
         config = next(config for end, config in ends if step < end)
         before = next((config for end, config in ends if end == step), None)
@@ -369,7 +372,7 @@ def main() -> int:
         }
         for name in args.recipes:
             result = train(name, args, text, validation)
-            ends = boundaries(RECIPES[name], args.steps)
+            ends = boundaries(RECIPES[name], args)
             result["switch_loss"] = result["validation"].get(ends[-2][0]) if len(ends) > 1 else None
             (args.out / f"{name}.json").write_text(json.dumps(about | result), encoding="utf-8")
             console.print(f"{name}: final {result['final']:.4f}, {result['wall_seconds']:.0f} s")

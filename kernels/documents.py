@@ -7,7 +7,7 @@ is *divided* where it holds tokens of more than one document.
    after one that such a token divides. (What `keep_first` does for the first document: no token is left without output.)
    Where a tile has more of these than its quota, those that come first are expanded, and the rest is *crowded out*.
 2. *Gather.* A divided window that is an entry comes after all others, out of the order: nobody attends to it, and its output
-   goes nowhere. The others lie document by document, in causal order.
+   goes nowhere. The others lie document by document, the longest first, each in causal order.
 3. *Attend.* Causal attention inside each document's entries.
 4. *Scatter.* An entry's output is added to tokens of its own document only.
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .geometry import Pyramid
 from .inner import resolved
+from .known_documents import first_of_longest
 from .revision import REVISION
 from .sequences import WIDEST, attend_in_sequences, bounds_of, longest_of
 from .torch_private import assert_async, flash_attention_forward
@@ -63,12 +64,14 @@ def crowded_out(starts: Tensor, pyramid: Pyramid) -> Tensor:
 
 
 def arrange(entries: Tensor, slots: Tensor, starts: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-    """Put the divided windows of a selection after all others, and out of `slots`. Shapes as `select`'s."""
-    divided = _segments(entries, starts, pyramid) == pyramid.length
-    kept = (~divided).int().cumsum(-1)
-    place = torch.where(divided, kept[..., -1:] + divided.int().cumsum(-1), kept) - 1  # [B, G, S]
-    moved = torch.empty_like(entries).scatter(-1, place, entries)
-    kept_place = torch.where(divided, -1, place).int()
+    """Put the longest document of a selection first, its divided windows last and out of `slots`. Shapes as `select`'s."""
+    segments = _segments(entries, starts, pyramid)
+    first, last = segments == first_of_longest(starts)[:, None, None], segments == pyramid.length
+    before, behind = (x.cumsum(-1, dtype=torch.int32) for x in (first, last))
+    place = torch.arange(entries.shape[2], dtype=torch.int32, device=entries.device) - before - behind + before[..., -1:]
+    place = torch.where(first, before - 1, torch.where(last, entries.shape[2] - behind[..., -1:] + behind - 1, place))
+    moved = torch.empty_like(entries).scatter(-1, place.long(), entries)
+    kept_place = torch.where(last, -1, place)
     return moved, torch.where(slots >= 0, kept_place.gather(-1, slots.clamp(min=0).long()), -1)
 
 
@@ -244,7 +247,10 @@ def _attention(
             *rows, bounds, bounds, gathered, gathered, dropout_p, True, False, scale=scale
         )[0]
     else:
-        longest = list(longest_of(segments, starts, most)) if "cudnn" in _able(kernel, query.device, width) else []
+        longest = []
+        if "cudnn" in _able(kernel, query.device, width):
+            found = longest_of(segments, starts, most, in_front=levels > 1)  # `arrange` has put it there
+            longest = [x for x in found if x is not None]
         out, _ = attend_in_sequences(
             *rows, bounds, longest, known, batch, groups, pyramid.length, levels, pooling, topk, quota, most, scale, REVISION
         )

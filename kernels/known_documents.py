@@ -4,8 +4,8 @@ Variable-length attention launches blocks for every sequence that it is told of,
 find nothing to do. Told of 257 sequences a head where there are 12, it takes longer for that than for the attention. So it has
 to be told what is close to the truth. Which entries are whose is decided on the GPU, head by head, but the pyramid bounds it.
 
-PyTorch's variable-length attention is FlashAttention 2. Where cuDNN is faster, a document that fills most of its row is worth a
-call of cuDNN's attention on as many rows as there are: those behind its own concern nobody, as attention is causal.
+PyTorch's variable-length attention is FlashAttention 2. Where cuDNN is faster, a document that fills most of its row is worth
+a call of cuDNN's attention, on as many rows as it can have: those behind its own concern nobody, as attention is causal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .geometry import Pyramid
 
 FIELDS = 4  # of `summary`
 PIECE = 256  # rows; a document that has a call of its own is cut into such pieces where the others are attended to
-_MOST_OF_ITS_ROW = 0.82  # of the entries: from there on a call of cuDNN's on all of them is faster; measured on an H100
+_MOST_OF_ITS_ROW = 0.7  # of the entries: from there on a call of cuDNN's of its own is faster; measured on an H100
+_ALIGNED = 128  # rows, of a call of cuDNN's
+_SIZES = 16  # of such calls: cuDNN takes its time to plan for a size that is new to it
 
 
 def by_length(starts: Tensor) -> Tensor:
@@ -40,6 +42,11 @@ def unpacked(numbers: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return length - 1 - numbers % length, numbers // length
 
 
+def first_of_longest(starts: Tensor) -> Tensor:
+    """Where the longest document of each row begins, the first of several: int64 `[B]`."""
+    return unpacked(by_length(starts).amax(-1), starts.shape[-1])[0]
+
+
 def summary(starts: Tensor) -> Tensor:
     """Of each row how many documents, where the longest begins, its tokens and those of the next longest: int64 `[B, 4]`.
 
@@ -55,12 +62,12 @@ def summary(starts: Tensor) -> Tensor:
 class Plan:
     """What variable-length attention is told: at most so many sequences, with at most so many rows in the longest.
 
-    `apart`: the longest document of each batch row is kept out of it, and has cuDNN's attention.
+    `apart`: the longest document of each batch row is kept out of it, and has cuDNN's attention on so many rows; 0: it is not.
     """
 
     sequences: int
     longest: int
-    apart: bool = False
+    apart: int = 0
 
 
 def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, most: int, cudnn: bool) -> Plan:
@@ -69,28 +76,33 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
     Each row and key/value head has a sequence for each document, and one for the windows that borders divide.
 
     Args:
-        known: `summary`; None, or zeros, where only the GPU knows. most: documents in a row at most.
+        known: `summary`; None where only the GPU knows. most: documents in a row at most.
         cudnn: whether cuDNN is faster.
 
     Raises:
         ValueError: more documents than `most`.
     """
     gathered = pyramid.gathered
-    rows = [] if known is None else known.tolist()
-    if not any(documents for documents, *_ in rows):
+    if known is None:
         return Plan(batch * groups * (most + 1), gathered)
+    rows = known.tolist()
     if (fullest := max(row[0] for row in rows)) > most:
         raise ValueError(f"{fullest} documents in a row: {too_many(most)}")
     entries = [entries_at_most(first, tokens, pyramid) for _, first, tokens, _ in rows]
     sequences = sum(groups * (row[0] + 1) for row in rows)
-    apart = cudnn and all(row[2] >= 2 * pyramid.widest for row in rows)  # so that each has entries
-    if apart and sum(count**2 for count in entries) > batch * (_MOST_OF_ITS_ROW * gathered) ** 2:
+    apart, largest = 0, max(entries)
+    has_entries = all(row[2] >= 2 * pyramid.widest for row in rows)
+    if cudnn and has_entries and sum(count**2 for count in entries) > batch * (_MOST_OF_ITS_ROW * gathered) ** 2:
+        step = _up_to_multiple(-(-gathered // _SIZES), _ALIGNED)
+        apart = min(gathered, _up_to_multiple(largest, step))
         sequences += sum(groups * -(-count // PIECE) for count in entries)
         entries = [max(PIECE, _windows(row[3], pyramid)) for row in rows]
-    else:
-        apart = False
     divided = (fullest - 1) * (pyramid.levels - 1)  # a border divides at most a window of each level above 0
     return Plan(sequences, min(gathered, max(*entries, divided, 1)), apart)
+
+
+def _up_to_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
 
 
 @lru_cache(maxsize=1024)  # all layers ask, forward and backward

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import Pyramid
-from .known_documents import PIECE, Plan, by_length, plan, too_many, unpacked
+from .known_documents import PIECE, Plan, first_of_longest, plan, too_many
 from .torch_private import (
     assert_async,
     cudnn_attention_backward,
@@ -40,48 +40,67 @@ def bounds_of(segments: Tensor, sequences: int, most: int) -> Tensor:
 
 
 class Longest(NamedTuple):
-    """The longest document of each batch row, and how its rows move to the front in every head, of the `T = B * G * S` rows.
+    """The longest document of each batch row, and where its rows are in every head, of the `T = B * G * S` rows.
 
     Attributes:
         own: bool `[T, 1, 1]`, which they are.
-        source: int32 `[T]`, the row that comes to each place; behind them it is the last of them again, so that nothing of
-            another document is there.
-        target: int32 `[T]`, the place that each of them comes to; anything for rows of other documents.
-        beyond: bool `[T, 1, 1]`, the places behind them.
+        front: bool `[T, 1, 1]`, the first rows of each head, as many as are its own: where they are, or are brought.
         bounds: as `bounds_of`, with these documents cut into pieces: variable-length attention is to be quick with them.
+        source: int32 `[T]`, the row to bring to each place; behind them it is the last of them again, so that nothing of
+            another document is there. None where they are in front already.
+        target: int32 `[T]`, the place that each of them is brought to; anything for rows of other documents. None likewise.
     """
 
     own: Tensor
-    source: Tensor
-    target: Tensor
-    beyond: Tensor
+    front: Tensor
     bounds: Tensor
+    source: Tensor | None = None
+    target: Tensor | None = None
 
-    def taken(self, x: Tensor, heads: int) -> Tensor:
-        """The documents' rows of `[T, heads, D]`: `[B * G, heads, S, D]`."""
-        return x.index_select(0, self.source).view(heads, -1, *x.shape[1:]).transpose(1, 2)
+    def taken(self, x: Tensor, heads: int, rows: int) -> Tensor:
+        """So many rows of each head's document, of `[T, n, D]`: `[B * G, n, rows, D]`."""
+        if self.source is None:
+            return _first(x, heads, rows).transpose(1, 2)
+        brought: Tensor = x.index_select(0, _first(self.source, heads, rows).flatten())
+        return brought.view(heads, rows, *x.shape[1:]).transpose(1, 2)
 
-    def put(self, own: Tensor, x: Tensor) -> None:
-        """Write the documents' rows, as `taken` gives them, into `[T, heads, D]`."""
-        rows = own.transpose(1, 2).flatten(0, 1).index_select(0, self.target)
-        torch.where(self.own, rows, x, out=x)
+    def put(self, taken: Tensor, x: Tensor) -> None:
+        """Write the documents' rows, as `taken` gives them, into `[T, n, D]`."""
+        heads, _, rows, _ = taken.shape
+        taken = taken.transpose(1, 2)  # [B * G, rows, n, D]
+        if self.target is None:
+            x, own = _first(x, heads, rows), _first(self.own, heads, rows)
+        else:
+            head = torch.arange(heads, dtype=torch.int32, device=x.device)[:, None] * rows
+            place = self.target.view(heads, -1).clamp(max=rows - 1) + head
+            taken, own = taken.flatten(0, 1).index_select(0, place.flatten()), self.own
+        torch.where(own, taken, x, out=x)
 
 
-def longest_of(segments: Tensor, starts: Tensor, most: int) -> Longest:
-    """The longest document of each row, found without waiting for the GPU."""
+def _first(x: Tensor, heads: int, rows: int) -> Tensor:
+    """The first rows of each head: `[heads * S, ...]` -> `[heads, rows, ...]`."""
+    return x.view(heads, -1, *x.shape[1:])[:, :rows]
+
+
+def longest_of(segments: Tensor, starts: Tensor, most: int, *, in_front: bool) -> Longest:
+    """The longest document of each row, found without waiting for the GPU.
+
+    Args:
+        in_front: whether its rows come before all others, as `documents.arrange` puts them.
+    """
     batch, groups, gathered = segments.shape
-    begins, _ = unpacked(by_length(starts).amax(-1), starts.shape[-1])
-    own = segments == begins[:, None, None]
+    own = segments == first_of_longest(starts)[:, None, None]
     place = torch.arange(gathered, dtype=torch.int32, device=segments.device)
-    head = torch.arange(batch * groups, dtype=torch.int32, device=segments.device).view(batch, groups, 1) * gathered
-    count = own.sum(-1, keepdim=True, dtype=torch.int32)
-    begin = torch.where(own, place, gathered).amin(-1, keepdim=True)
-    source = head + (begin + torch.minimum(place, count - 1)).clamp(0, gathered - 1)
-    target = head + (place - begin).clamp(0, gathered - 1)
+    begin = 0 if in_front else torch.where(own, place, gathered).amin(-1, keepdim=True)
     pieces = torch.where(own, -1 - (place - begin) // PIECE, segments)
     bounds = bounds_of(pieces, batch * groups * (most + 1 - (-gathered // PIECE)), most)
-    rows = own.reshape(-1, 1, 1), source.int().flatten(), target.int().flatten(), (place >= count).reshape(-1, 1, 1)
-    return Longest(*rows, bounds)
+    if in_front:
+        return Longest(own.reshape(-1, 1, 1), own.reshape(-1, 1, 1), bounds)
+    head = torch.arange(batch * groups, dtype=torch.int32, device=segments.device).view(batch, groups, 1) * gathered
+    count = own.sum(-1, keepdim=True, dtype=torch.int32)
+    source = head + (begin + torch.minimum(place, count - 1)).clamp(0, gathered - 1)
+    target = (place - begin).clamp(0, gathered - 1).int().flatten()
+    return Longest(own.reshape(-1, 1, 1), (place < count).reshape(-1, 1, 1), bounds, source.int().flatten(), target)
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -111,7 +130,7 @@ def attend_in_sequences(
     Args:
         query: `[B * G * S, H / G, D]`; key, value: `[B * G * S, 1, D]`, of bfloat16 or float16 on a GPU.
         bounds: `bounds_of` the entries' documents, for as many as there can be.
-        longest: what `longest_of` finds, for cuDNN; nothing where that is not faster.
+        longest: what `longest_of` finds, for cuDNN, less what is None; nothing where that is not faster.
         known: what the CPU knows of the documents, see `known_documents.plan`.
         length: tokens of the pyramid that the rest describes.
 
@@ -126,10 +145,10 @@ def attend_in_sequences(
     sums = flash_sums.new_zeros(2, flash_sums.numel())
     sums[0] = flash_sums.flatten()
     if apart:
-        q, k, v = (apart.taken(x, batch * groups) for x in (query, key, value))
+        q, k, v = (apart.taken(x, batch * groups, told.apart) for x in (query, key, value))
         own, own_sums = cudnn_forward(q, k, v, scale)
         apart.put(own, out)
-        sums[1] = own_sums.flatten()
+        sums[1, : own_sums.numel()] = own_sums.flatten()
     return out, sums
 
 
@@ -162,9 +181,11 @@ def attend_in_sequences_backward(
     rest = grad.masked_fill(apart.own, 0) if apart else grad
     grads = flash_backward(rest.contiguous(), query, key, value, out, sums[0], bounds, told.longest, scale)
     if apart:
-        g, q, k, v, own = (apart.taken(x, batch * groups) for x in (grad, query, key, value, out))
-        g.transpose(1, 2).flatten(0, 1).masked_fill_(apart.beyond, 0)
-        for x, found in zip(cudnn_backward(g, q, k, v, own, sums[1], scale), grads, strict=True):
+        heads, rows = batch * groups, told.apart
+        g, q, k, v, own = (apart.taken(x, heads, rows) for x in (grad, query, key, value, out))
+        g = g.masked_fill(~_first(apart.front, heads, rows).transpose(1, 2), 0)
+        of_own = sums[1, : heads * q.shape[1] * rows]
+        for x, found in zip(cudnn_backward(g, q, k, v, own, of_own, scale), grads, strict=True):
             apart.put(x, found)
     return grads
 

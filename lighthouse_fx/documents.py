@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from . import dynamo, stage
 from .config import LighthouseConfig
 from .kernels.documents import crowded_out, in_sequences, starts_of
-from .kernels.known_documents import FIELDS, summary, too_many
+from .kernels.known_documents import summary, too_many
 from .passes.call import CALLS, DOCUMENTS, KNOWN, PACKED
 from .passes.check import pyramid_over
 from .passes.document_input import sizes_when_run
@@ -54,19 +54,17 @@ def starts_from(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None
 
 
 class Documents:
-    """What `documents` returns: a context manager. `starts` int32 `[B, N]`, where each token's document begins.
+    """What `documents` returns: a context manager. `starts` int32 `[B, N]` on the CPU, where each token's document begins.
 
-    On are the documents entered last among those not left yet, in whichever order they are left. `known`: what the CPU knows of
-    them (`kernels/known_documents.py`), zeros where only a GPU knows them. `alone`: each row is known to be one document. That
-    is no documents at all.
+    On are the documents entered last among those not left yet, in whichever order they are left. `known`: how many they are and
+    how long (`kernels/known_documents.py`). `alone`: each row is one document. That is no documents at all.
     """
 
     def __init__(self, starts: Tensor) -> None:
-        self.starts = starts
-        on_cpu = starts.device.type == "cpu"
-        self.alone = on_cpu and not bool(starts.any())
-        self.known = summary(starts) if on_cpu else torch.zeros(len(starts), FIELDS, dtype=torch.int64)
-        self._copies = {starts.device: starts}
+        self.starts = starts.cpu()
+        self.alone = not bool(self.starts.any())
+        self.known = summary(self.starts)
+        self._copies = {x.device: x for x in (starts, self.starts)}
         self._checked: set[LighthouseConfig] = set()
 
     def __enter__(self) -> Documents:
@@ -82,12 +80,8 @@ class Documents:
         return f"documents {list(self.starts.shape)}"
 
     def same_as(self, other: Documents | None) -> bool:
-        """Whether these are the same documents, as far as that is known without waiting for a GPU."""
-        if other is None or self is other:
-            return other is not None
-        if {self.starts.device.type, other.starts.device.type} == {"cpu"}:
-            return torch.equal(self.starts, other.starts)
-        return self.starts is other.starts
+        """Whether these are the same documents."""
+        return other is not None and (self is other or torch.equal(self.starts, other.starts))
 
     def on(self, device: torch.device) -> Tensor:
         """`starts` on a device; copied there once."""
@@ -96,15 +90,15 @@ class Documents:
         return self._copies[device]
 
     def crowded_out(self, config: LighthouseConfig) -> int:
-        """How many windows at borders of documents a configuration cannot expand, over all rows. Waits for a GPU.
+        """How many windows at borders of documents a configuration cannot expand, over all rows.
 
         Tokens below them are attended to by nobody and may be left without attention output: choose a larger topk.
         """
         return int(crowded_out(self.starts, pyramid_over(self.starts.shape[1], config)).sum())
 
     def check(self, config: LighthouseConfig) -> None:
-        """Warn, once, of windows that are crowded out. Only where the documents are known on the CPU: nothing waits."""
-        if config in self._checked or self.starts.device.type != "cpu":
+        """Warn, once, of windows that are crowded out."""
+        if config in self._checked:
             return
         self._checked.add(config)
         if missing := self.crowded_out(config):
@@ -123,8 +117,9 @@ def documents(document_ids: Tensor | None = None, *, cu_seqlens: Tensor | None =
         document_ids: integer `[B, N]`: tokens with equal numbers beside each other are one document.
         cu_seqlens: integer `[documents + 1]`, the borders of one packed row, `[0, ..., N]`; instead of `document_ids`.
 
-    Give tensors on the CPU, as a data loader makes them: then, without waiting for a GPU, windows that the budget cannot
-    expand are warned of, and rows of one document each are treated as what they are. Keep the backward inside the context.
+    Give tensors on the CPU, as a data loader makes them: those on a GPU are waited for and copied there, once. So kernels can
+    be told how many documents there are, windows that the budget cannot expand are warned of, and rows of one document each are
+    treated as what they are. Keep the backward inside the context.
     Dense attention stays inside documents as well, in excluded layers, the dense stage and evaluation. Only attention that the
     backend cannot rewrite at all does not (a warning says so): there the model's own mask has to do it. What is computed:
     README, "Packed documents".

@@ -142,11 +142,15 @@ def _rewrite(
             empty(k, batch, groups, pyramid.size, dtype=torch.int32),
         )
         starts: tuple[fx.Node, ...] = ()
+        most: int = config.max_documents
         if call.documents is not None and call.documents is documents:
             starts = (brought(documents, call.region),)
             known = brought(known, call.region) if known is not None else None
         elif call.documents is not None and call.documents.target is _OPS.packed_starts.default:
             starts = (call.documents,)
+            borders = fake(call.documents.args[1])
+            if borders is not None and isinstance(borders.shape[0], int):  # as many as flash-attn is told of
+                most = borders.shape[0] - 1
         elif call.documents is not None:
             fakes[call.documents] = call.documents.meta["example_value"]
             like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
@@ -195,7 +199,7 @@ def _rewrite(
                 _OPS.attention_in_documents.default,
                 *gathered, entries, *starts, levels, pooling, config.topk, config.quota or 0,
                 call.dropout_p, call.scale, call.enable_gqa,
-                config.max_documents, resolved(out.device, config.kernel), known if call.documents is documents else None,
+                most, resolved(out.device, config.kernel), known if call.documents is documents else None,
                 value=attended,
             )  # fmt: skip
         elif not has_choice(out.device, config.kernel):

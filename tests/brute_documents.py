@@ -28,7 +28,7 @@ def comes_first(entry, numbers, pooling):
 
 
 def select(s_q, s_k, numbers, *, length, levels, pooling, topk, quota=None):
-    """The entries of one batch row and key/value head: those of documents in order, then the divided ones."""
+    """The entries of one batch row and key/value head: those of the longest document, of the others, then the divided ones."""
     quota = quota or usual_quota(topk)
 
     def score(tokens, entry):
@@ -48,8 +48,11 @@ def select(s_q, s_k, numbers, *, length, levels, pooling, topk, quota=None):
             candidates = [index * pooling + child for index in sorted(candidates) for child in range(pooling)]
             entries.update((level - 1, index) for index in candidates)
     entries.update((0, token) for token in range(coarse * pooling ** (levels - 1), length))
-    divided = {entry: document(entry, numbers, pooling) is None for entry in entries}
-    return sorted(entries, key=lambda entry: (divided[entry], end(entry, pooling), entry[0]))
+    longest = max(numbers, key=numbers.count)  # the first of several
+    place = {longest: 0, None: 2}
+    return sorted(
+        entries, key=lambda entry: (place.get(document(entry, numbers, pooling), 1), end(entry, pooling), entry[0])
+    )
 
 
 def lighthouse(q, k, v, entries, numbers, *, pooling, scale=None):

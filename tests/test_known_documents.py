@@ -60,7 +60,7 @@ def test_no_selection_has_more_than_the_kernels_are_told(small, cuts, pooling, l
     segments = documents._segments(entries, starts, pyramid)
     known = known_documents.summary(starts)
     told = known_documents.plan(known, pyramid, batch=2, groups=2, most=256, cudnn=cudnn)
-    longest = sequences.longest_of(segments, starts, 256)
+    longest = sequences.longest_of(segments, starts, 256, in_front=levels > 1)
     bounds = longest.bounds if told.apart else sequences.bounds_of(segments, 2 * 2 * 257, 256)
     assert bounds[told.sequences] == segments.numel()
     if not told.apart:
@@ -95,10 +95,10 @@ def test_cudnn_gets_a_document_that_fills_most_of_its_row():
         (8_192,) * 12: False,
         (512,) * 192: False,
     }.items():
-        assert planned(*lengths).apart == apart, lengths
+        assert bool(planned(*lengths).apart) == apart, lengths
         assert not planned(*lengths, cudnn=False).apart
     assert planned(93_000, 5_304).longest < 18_432 * 0.4  # what is left is short
-    assert planned(1_000, 90_000, 7_304, levels=1).apart and not planned(1_000, 70_000, 27_304, levels=1).apart
+    assert planned(1_000, 90_000, 7_304, levels=1).apart and not planned(1_000, 65_000, 32_304, levels=1).apart
 
 
 def test_the_cpu_and_the_gpu_agree_on_the_longest():
@@ -113,9 +113,8 @@ def test_the_cpu_and_the_gpu_agree_on_the_longest():
 
 def test_where_only_the_gpu_knows_it_is_the_most_there_can_be():
     pyramid = Pyramid(length=100, levels=3, pooling=2, topk=8)
-    for unknown in (None, torch.zeros(2, known_documents.FIELDS, dtype=torch.int64)):
-        told = known_documents.plan(unknown, pyramid, batch=2, groups=3, most=7, cudnn=True)
-        assert told == known_documents.Plan(48, pyramid.gathered)
+    told = known_documents.plan(None, pyramid, batch=2, groups=3, most=7, cudnn=True)
+    assert told == known_documents.Plan(48, pyramid.gathered)
 
 
 def test_more_documents_than_the_configuration_allows():
