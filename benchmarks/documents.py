@@ -1,7 +1,7 @@
 """One attention layer on packed documents beside the same layer on the undivided row, on a GPU.
 
-Documents are given on the CPU, which is what the documentation asks for, and on the GPU, where nobody can say without waiting
-how many they are. Their lengths are random; and, given on the CPU, also such that one document fills 90% of the row.
+Documents have random lengths, or one of them fills 75% or 90% of the row. They are given on the CPU; documents given on the GPU
+are copied there, so they run the same.
 
     python benchmarks/documents.py                  results into benchmarks/results/
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,17 +24,16 @@ from torch import Tensor
 import lighthouse_fx
 from lighthouse_fx import bench, timing
 from lighthouse_fx.bench import LayerShape
-from lighthouse_fx.documents import Documents
 
 HERE = Path(__file__).resolve().parent
 COUNTS = (1, 2, 4, 12, 48, 192)
+LAYERS = ((16_384, 1024), (98_304, 1536))  # tokens, topk
+SHARES = (0.0, 0.75, 0.9)  # of the row, that one document fills at least
 
 
 def flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=98_304)
-    parser.add_argument("--topk", type=int, default=1536)
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how many documents, of random lengths")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="how many documents")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     return parser.parse_args()
 
@@ -48,14 +48,24 @@ def lengths(count: int, total: int, first: float = 0.0) -> Tensor:
     return torch.cat([bounds.new_zeros(1), bounds])
 
 
-def ways(total: int, counts: Sequence[int], device: torch.device) -> Iterator[tuple[str, int, Documents]]:
-    """What is measured: how the documents are given, how many they are, and the documents."""
-    for count in counts:
-        random, uneven = lengths(count, total), lengths(count, total, first=0.9)
-        yield "cpu", count, lighthouse_fx.documents(cu_seqlens=random)
-        yield "uneven", count, lighthouse_fx.documents(cu_seqlens=uneven)
-        numbers = torch.arange(count).repeat_interleave(random.diff())[None]
-        yield "gpu", count, lighthouse_fx.documents(numbers.to(device))
+def measure(length: int, topk: int, counts: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a layer, forward plus backward, launched as in training."""
+    tokens = bench._inputs(LayerShape(length=length), length, device)
+    options = {"topk": topk, "max_kept": 1.0}
+    torch.compiler.reset()
+    layer = torch.compile(bench._attention, backend="lighthouse", options=options, fullgraph=True)
+
+    def milliseconds() -> float:
+        bench._both(layer, tokens)
+        return timing.milliseconds(lambda: bench._both(layer, tokens), device, captured=False)
+
+    found: dict[str, Any] = {"length": length, "topk": topk, "undivided_ms": milliseconds(), "documents_ms": {}}
+    for share in SHARES:
+        found["documents_ms"][f"{share:.0%}"] = times = {}
+        for count in track(counts, f"{length:,} tokens, one of {share:.0%}"):
+            with lighthouse_fx.documents(cu_seqlens=lengths(count, length, first=share)):
+                times[count] = milliseconds()
+    return found
 
 
 def main() -> int:
@@ -64,34 +74,19 @@ def main() -> int:
         print("this benchmark needs a GPU", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    device, shape = torch.device("cuda"), LayerShape(length=args.length)
-    tokens = bench._inputs(shape, shape.length, device)
-    options = {"topk": args.topk, "max_kept": 1.0}
-    layer = torch.compile(bench._attention, backend="lighthouse", options=options, fullgraph=True)
-
-    def milliseconds() -> float:
-        """Of forward plus backward, launched as in training."""
-        bench._both(layer, tokens)
-        return timing.milliseconds(lambda: bench._both(layer, tokens), device, captured=False)
-
-    undivided = milliseconds()
-    found: dict[str, dict[int, float]] = {"cpu": {}, "uneven": {}, "gpu": {}}
-    for way, count, documents in track(list(ways(args.length, args.counts, device)), "documents"):
-        with documents:
-            found[way][count] = milliseconds()
-    table = Table(title=f"forward plus backward on {torch.cuda.get_device_name()}, {args.length:,} tokens, k={args.topk:,}")
-    for column in ("documents", "given on the CPU", "", "one of 90%", "", "given on the GPU", ""):
+    rows = [measure(*layer, args.counts, torch.device("cuda")) for layer in LAYERS]
+    table = Table(title=f"times of the undivided row's, {torch.cuda.get_device_name()}, forward plus backward")
+    for column in ("tokens", "undivided", "one document of", *map(str, args.counts)):
         table.add_column(column, justify="right")
-    table.add_row("undivided", f"{undivided:.2f} ms")
-    for count in args.counts:
-        times = [found[way][count] for way in found]
-        table.add_row(str(count), *(cell for time in times for cell in (f"{time:.2f} ms", f"{time / undivided:.2f}x")))
+    for row in rows:
+        undivided = row["undivided_ms"]
+        for share, times in row["documents_ms"].items():
+            cells = (f"{time / undivided:.2f}x" for time in times.values())
+            table.add_row(f"{row['length']:,}", f"{undivided:.2f} ms", share, *cells)
     Console().print(table)
     about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv)}
     args.out.mkdir(parents=True, exist_ok=True)
-    figures = {**about, "length": args.length, "topk": args.topk, "undivided_ms": undivided}
-    figures |= {"documents_ms": found["cpu"], "one_of_90_percent_ms": found["uneven"], "on_gpu_ms": found["gpu"]}
-    (args.out / "documents.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (args.out / "documents.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

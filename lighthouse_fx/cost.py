@@ -2,9 +2,9 @@
 
 Attention is floating-point operations (SPEC.md, "Cost") at the rate that stock attention reaches: it rises with the length,
 until the card's power holds it, and falls for narrow heads. What Lighthouse adds around it is the least traffic at the speed
-of a copy, and the start of its kernels. An H100's figures for that are fitted to benchmarks/results/layer.json, and how the
-rate falls for narrow heads to its neighbour layer_narrow_heads.json. tests/test_cost_model.py compares the model with those
-and with what it was not fitted to; docs/choosing_a_pyramid.md says how far off it is.
+of a copy, and the start of its kernels. An H100's figures for that are fitted to benchmarks/results/layer.json, how the
+rate falls for narrow heads to its neighbour layer_narrow_heads.json, how it rises with the heads to cost_model.json.
+tests/test_cost_model.py compares the model with those; docs/choosing_a_pyramid.md says how far off it is, and what was fitted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _HALVES = ("bfloat16", "float16")
 _BACKWARD = 3.5  # forward plus backward over forward; source: SPEC.md, "Cost"
 # The exponentials of a score take as long as this many dimensions of its two products; fitted to heads of 64 and 128.
 _SOFTMAX_DIMS = 43
-_REFERENCE_DIM = 128
+_DIMS_AT_ONCE = 64
+_REFERENCE_DIM, _REFERENCE_HEADS = 128, 8
+_HEADS_COUNT = 0.2  # twice the heads reach a rate at a length that is this power of two shorter; fitted to 16 and 32 heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,8 @@ class Card:
         matmul: floating-point operations a second of a large matrix product.
         attention: the same of stock causal attention, forward plus backward, heads of 128, a very long sequence.
         bandwidth: bytes a second of a large copy, read plus written.
-        half_length: the length at which attention reaches half of the rate that it would reach if power did not hold it;
+        half_length: the length at which attention of 8 heads reaches half of the rate that it would reach if power did not
+            hold it;
         headroom: that rate, over `attention`.
         start: seconds that the kernels around the attention of a layer take to start.
     """
@@ -57,9 +60,10 @@ class Card:
                 raise ValueError(f"{name}={value!r} is no rate: give a positive number a second, such as {usual:g}")
 
 
-    def share_of_rate(self, length: int) -> float:
-        """How much of its rate attention reaches at a length."""
-        return min(1.0, self.headroom * length / (length + self.half_length))
+    def share_of_rate(self, length: int, heads: int = _REFERENCE_HEADS) -> float:
+        """How much of its rate attention reaches at a length; more heads fill the card earlier."""
+        filled: float = length * (heads / _REFERENCE_HEADS) ** _HEADS_COUNT
+        return min(1.0, self.headroom * filled / (filled + self.half_length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +100,9 @@ def _attention(shape: LayerShape, length: int, card: Card) -> float:
             "give a Card of that dtype, or measure one with measure_card(device, dtype)"
         )
     flops = _BACKWARD * 2 * length**2 * shape.dim * shape.heads
-    narrow = (1 + _SOFTMAX_DIMS / _REFERENCE_DIM) / (1 + _SOFTMAX_DIMS / shape.dim)
-    return 1000 * flops / (card.attention * narrow * card.share_of_rate(length))
+    computed = -(-shape.dim // _DIMS_AT_ONCE) * _DIMS_AT_ONCE
+    narrow = (1 + _SOFTMAX_DIMS / _REFERENCE_DIM) / ((computed + _SOFTMAX_DIMS) / shape.dim)
+    return 1000 * flops / (card.attention * narrow * card.share_of_rate(length, shape.heads))
 
 
 def _memory(shape: LayerShape, config: LighthouseConfig, gathered: int) -> int:
@@ -105,8 +110,10 @@ def _memory(shape: LayerShape, config: LighthouseConfig, gathered: int) -> int:
     size = int(getattr(torch, shape.dtype).itemsize)
     q, kv = shape.heads * shape.dim * size, 2 * shape.groups * shape.dim * size
     accumulated = q * max(4 // size, 1)  # the attention sums the gradient of its queries in float32
+    # With grouped heads the kernels write gradients of keys and values for every query head, and sum them afterwards.
+    repeated = 2 * q + 8 * shape.heads if shape.groups < shape.heads else 0
     # Saved q, k, v and output, then the gradients of all four.
-    in_attention = shape.length * q + gathered * (4 * q + 2 * kv + accumulated)
+    in_attention = shape.length * q + gathered * (4 * q + 2 * kv + accumulated + repeated)
     at_the_end = shape.length * (2 * q + kv) + gathered * q
     indices = 4 * shape.groups * (gathered + int(pyramid_over(shape.length, config).size))
     return max(in_attention, at_the_end) + indices
@@ -139,7 +146,7 @@ def measure_card(device: torch.device, dtype: str = "bfloat16") -> Card:
     )
     if not on_gpu:
         return replace(rates, half_length=0, headroom=1.0, start=0.0)
-    return replace(rates, attention=rate / rates.share_of_rate(length))
+    return replace(rates, attention=rate / rates.share_of_rate(length, heads))
 
 
 # Matrix product: the data sheet, without sparsity. Copy: as measured. Attention: fitted, see above.

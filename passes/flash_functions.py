@@ -22,6 +22,7 @@ the graph.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -114,7 +115,8 @@ def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None
             where = "without gradients or after a graph break"
             remedy = _TWICE if packed else ""
             raise Unclear(f"flash-attn's operator is called outside its autograd function, {where}", remedy)
-        out = node if inside is None else only_output(node)
+        unused = [x for x in node.users if x.target is operator.getitem and not x.users]  # in a checkpoint, with torch 2.11
+        out = node if inside is None else only_output(node, unused)
         if out is None:
             raise Unclear("flash-attn also returns the log-sum-exp of its scores", "leave out return_attn_probs")
         given = _arguments(node) if inside is None else _arguments_inside(node, region, inside)
@@ -129,7 +131,7 @@ def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
         return replace(call, views=tuple(views)).refuse("flash-attn is called in a way that is not understood", _KEEP)
     heads = [tensor.shape[1] for tensor in tensors[:2] if tensor is not None]
-    functions: list[Any] = [] if inside is None else [node, *node.args[:2]]
+    functions: list[Any] = [] if inside is None else [*unused, node, *node.args[:2]]
     return replace(
         call,
         node=out,

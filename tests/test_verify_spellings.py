@@ -99,6 +99,7 @@ def test_layers_of_different_spellings():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="such traces count towards the recompile limit, as the report says")
 def test_seven_times_in_one_process():
     class Broken(Model):
         def forward(self, x):
