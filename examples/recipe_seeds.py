@@ -1,0 +1,54 @@
+"""The recommended recipe beside dense training, one panel for each length, one line for each run, from the published runs.
+
+    python examples/recipe_seeds.py                 benchmarks/results/recipes_wsd.json -> recipe_seeds.png beside it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "recipes_wsd.json"
+LENGTHS = {"rows": 16_384, "at_32768_tokens": 32_768, "at_65536_tokens": 65_536}
+SHOWN = {"dense": ("dense", "0.25"), "recommended": ("two stages", "tab:orange")}
+SAME = {"k2048-2-levels-half": "recommended"}  # at 16,384 tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, default=RESULTS)
+    path = parser.parse_args().results
+    found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+    figure, axes = pyplot.subplots(1, len(LENGTHS), figsize=(14, 4.6), layout="constrained")
+    for axis, (key, length) in zip(axes, LENGTHS.items(), strict=True):
+        switched = False
+        for run in found[key]:
+            name = SAME.get(run["name"], run["name"])
+            if name not in SHOWN:
+                continue
+            label, colour = SHOWN[name]
+            steps = [int(step) for step in run["validation"]]
+            dashes = ("-", "--", ":")[run["seed"]]
+            label = f"{label}, seed {run['seed']}: {run['final']:.3f}"
+            axis.plot(steps, list(run["validation"].values()), dashes, color=colour, label=label)
+            if not switched:
+                axis.axvline(steps[-1] / 2, color="0.8", linewidth=1)
+                switched = True
+        axis.set(title=f"{length:,} tokens", xlabel="step")
+        axis.legend(frameon=False, fontsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("dense validation loss, nats per byte")
+    figure.suptitle("Half of the steps under Lighthouse attention, then dense (grey: the switch), beside dense throughout")
+    figure.savefig(path.with_name("recipe_seeds.png"), dpi=120)
+
+
+if __name__ == "__main__":
+    main()
