@@ -11,7 +11,8 @@ is *divided* where it holds tokens of more than one document.
 3. *Attend.* Causal attention inside each document's entries.
 4. *Scatter.* An entry's output is added to tokens of its own document only.
 
-So nothing that anyone attends to mixes documents, and no token receives anything of another document, whatever the budget.
+So nothing that anyone attends to mixes documents, and no token receives anything of another document, whatever the budget. (But
+for what is not finite: NaN times a weight of zero is NaN, where a kernel gets rows of another document behind the longest.)
 Tokens under a divided window that is crowded out are not attended to, and may be left without output.
 """
 

@@ -89,6 +89,7 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
     if (fullest := max(row[0] for row in rows)) > most:
         raise ValueError(f"{fullest} documents in a row: {too_many(most)}")
     entries = [entries_at_most(first, tokens, pyramid) for _, first, tokens, _ in rows]
+    others = [entries_anywhere(tokens, pyramid) for *_, tokens in rows]
     sequences = sum(groups * (row[0] + 1) for row in rows)
     apart, largest = 0, max(entries)
     has_entries = all(row[2] >= 2 * pyramid.widest for row in rows)
@@ -96,9 +97,9 @@ def plan(known: Tensor | None, pyramid: Pyramid, *, batch: int, groups: int, mos
         step = _up_to_multiple(-(-gathered // _SIZES), _ALIGNED)
         apart = min(gathered, _up_to_multiple(largest, step))
         sequences += sum(groups * -(-count // PIECE) for count in entries)
-        entries = [max(PIECE, _windows(row[3], pyramid)) for row in rows]
+        entries = [PIECE]
     divided = (fullest - 1) * (pyramid.levels - 1)  # a border divides at most a window of each level above 0
-    return Plan(sequences, min(gathered, max(*entries, divided, 1)), apart)
+    return Plan(sequences, min(gathered, max(*entries, *others, divided, 1)), apart)
 
 
 def _up_to_multiple(number: int, of: int) -> int:
@@ -117,6 +118,16 @@ def entries_at_most(first: int, tokens: int, pyramid: Pyramid) -> int:
         if shared > 0:
             entries += min(pyramid.of_tile(bounds[1] - bounds[0]), _windows(shared, pyramid))
     return min(entries, pyramid.gathered)
+
+
+@lru_cache(maxsize=1024)
+def entries_anywhere(tokens: int, pyramid: Pyramid) -> int:
+    """The same wherever it lies. A document across two tiles may have more entries than a longer one that is a tile."""
+    largest = -(-pyramid.coarse // pyramid.tiles_with_windows)
+    smallest = max(1, pyramid.coarse // pyramid.tiles_with_windows) * pyramid.widest
+    touched = min(pyramid.tiles_with_windows, (tokens + smallest - 2) // smallest + 1)
+    tail = min(tokens, pyramid.length - pyramid.covered)
+    return min(_windows(tokens, pyramid), touched * pyramid.of_tile(largest) + tail)
 
 
 def _windows(tokens: int, pyramid: Pyramid) -> int:

@@ -150,7 +150,7 @@ def _rewrite(
             starts = (call.documents,)
             borders = fake(call.documents.args[1])
             if borders is not None and isinstance(borders.shape[0], int):  # as many as flash-attn is told of
-                most = borders.shape[0] - 1
+                most = min(most, borders.shape[0] - 1)
         elif call.documents is not None:
             fakes[call.documents] = call.documents.meta["example_value"]
             like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lighthouse_fx.kernels import REVISION, Pyramid, documents, known_documents, sequences
@@ -42,17 +42,27 @@ def test_what_the_cpu_knows():
     assert known_documents.summary(starts_of((1,))).tolist() == [[1, 0, 1, 0]]
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@st.composite
+def cuts(draw):
+    """Borders, also such that documents are as long as one another, in step with tiles or not."""
+    if draw(st.booleans()):
+        return draw(st.lists(st.integers(1, 140), max_size=12))
+    return list(range(draw(st.integers(0, 20)), 140, draw(st.integers(1, 60))))[:40]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    cuts=st.lists(st.lists(st.integers(1, 140), max_size=12), min_size=2, max_size=2),
+    cuts=st.lists(cuts(), min_size=2, max_size=2),
     pooling=st.integers(2, 4),
     levels=st.integers(1, 3),
-    topk=st.sampled_from([2, 8, 64]),
-    quota=st.sampled_from([None, 2]),
-    length=st.integers(20, 150),
+    topk=st.sampled_from([2, 3, 8, 64]),
+    quota=st.sampled_from([None, 1, 2]),
+    length=st.integers(12, 150),
     cudnn=st.booleans(),
 )
+@example(cuts=[[9], [9]], pooling=3, levels=3, topk=3, quota=1, length=17, cudnn=False)
 def test_no_selection_has_more_than_the_kernels_are_told(small, cuts, pooling, levels, topk, quota, length, cudnn):
+    quota = quota if quota is None or topk % quota == 0 else 1
     starts = starts_of(*(split(length, row) for row in cuts))
     q, k = torch.randn(2, 4, length, 4), torch.randn(2, 2, length, 4)
     entries, _ = OPS.select(q, k, k, levels, pooling, topk, quota or 0, True, "norm", 64, True, None, REVISION, starts)
@@ -84,6 +94,17 @@ def planned(*lengths, cudnn=True, **fields):
     pyramid = Pyramid(length=sum(lengths), **fields)
     known = known_documents.summary(starts_of(lengths))
     return known_documents.plan(known, pyramid, batch=1, groups=8, most=256, cudnn=cudnn)
+
+
+def test_documents_across_tiles_have_more_entries_than_one_that_is_a_tile():
+    pyramid, generator = Pyramid(length=16_384, topk=1024), torch.Generator().manual_seed(0)
+    starts = starts_of((2048, 300, *[2048] * 6, 1748))
+    q, k = torch.randn(2, 1, 2, 16_384, 4, generator=generator).unbind()
+    entries, _ = OPS.select(q, k, k, 3, 4, 1024, 0, True, "norm", 64, True, None, REVISION, starts)
+    bounds = sequences.bounds_of(documents._segments(entries, starts, pyramid), 2 * 257, 256)
+    told = known_documents.plan(known_documents.summary(starts), pyramid, batch=1, groups=2, most=256, cudnn=True)
+    of_a_tile = known_documents.entries_at_most(0, 2048, pyramid)
+    assert of_a_tile < bounds.diff().max() <= told.longest <= 2 * of_a_tile
 
 
 def test_cudnn_gets_a_document_that_fills_most_of_its_row():
