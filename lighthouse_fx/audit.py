@@ -72,9 +72,10 @@ class RunLog:
                 reference if isinstance(reference, Reference) else read_reference(reference), rule
             )
         self._before: StepLine | None = None
+        self._earlier: list[StepLine] = []  # of the file that is continued, until the first step
         if self.path.exists() and self.path.stat().st_size:
             earlier = read_run(self.path)
-            self._before = earlier.steps[-1] if earlier.steps else None
+            self._earlier = list(earlier.steps)
             if self._monitor:
                 self._monitor.catch_up(earlier)
         if config is None and model is not None:
@@ -151,6 +152,9 @@ class RunLog:
             memory=machine.peak_memory(self._device),
         )
         self._write("step", **(asdict(line) | {"loss": number(line.loss), "tokens_per_second": line.tokens_per_second}))
+        if self._earlier:  # steps after a checkpoint are done again, and another run begins at 0
+            self._before = next((x for x in reversed(self._earlier) if x.step < step), None)
+            self._earlier = []
         before, self._before = self._before, line
         if before is not None and before.stage != line.stage:
             self.event("switch", step=step, text=f"from {before.stage} to {line.stage} attention")

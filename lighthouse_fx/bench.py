@@ -89,9 +89,11 @@ def measure_layer(
 
     Raises:
         AssertionError: the layer's output or a gradient is not what plain PyTorch computes: no figure is worth anything then.
+        ValueError: the layer would stay dense.
     """
     pyramid = pyramid_over(shape.length, config)
     gathered = pyramid.gathered
+    check_gathers(shape.length, config)
     tokens = _inputs(shape, shape.length, device)
     torch.compiler.reset()
     compiled = torch.compile(
@@ -128,6 +130,17 @@ def measure_layer(
         floor=1000 * traffic(shape, gathered) / bandwidth,
         memory=memory,
     )
+
+
+def check_gathers(length: int, config: LighthouseConfig, max_kept: float = 1.0) -> None:
+    """Raise a ValueError where a layer of so many tokens would stay dense."""
+    pyramid = pyramid_over(length, config)
+    if pyramid.coarse == 0 or pyramid.gathered > max_kept * length:
+        advice = LighthouseConfig.recommended(length)
+        raise ValueError(
+            f"levels={config.levels}, pooling={config.pooling}, topk={config.topk} gather {pyramid.gathered:,} of {length:,} "
+            f"tokens, so attention stays dense: give fewer, such as levels={advice.levels}, topk={advice.topk}"
+        )
 
 
 def measure_function(shape: LayerShape, config: LighthouseConfig, device: torch.device) -> tuple[float, int | None]:

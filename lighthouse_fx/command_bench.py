@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench, timing
-from .command_options import add_command, add_device, add_layer, add_pyramid, console, layer_of
+from .command_options import add_command, add_device, add_layer, add_pyramid, at_least_one, console, layer_of
 from .config import LighthouseConfig
 from .machine import describe
 
@@ -49,7 +49,7 @@ lighthouse bench --json layer.json --picture layer.png
 lighthouse bench --lengths 1024 --topk 32 --dtype float32 --device cpu
 """,
     )
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens; default: ten lengths, 4K to 1M")
+    parser.add_argument("--lengths", type=at_least_one, nargs="+", metavar="N", help="tokens; default: ten lengths, 4K to 1M")
     add_pyramid(parser, topk=None, topk_default="by length, as published")
     add_layer(parser)
     parser.add_argument(

@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .command_options import MODEL_HELP, add_command, add_config, call_function, config_from, console, is_function
+from .command_options import (
+    MODEL_HELP,
+    add_command,
+    add_config,
+    at_least_one,
+    call_function,
+    config_from,
+    console,
+    is_function,
+)
+from .config import LighthouseConfig
 from .extras import transformers
 from .report import Report
 from .tracing import explain
@@ -26,6 +36,7 @@ def add_parser(commands: Any) -> None:
         description=(
             "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: "
             "rewritten, or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed. "
+            "A transformers model is looked at with the recommended configuration for its length, unless one is given. "
             "The exit status is 1 where nothing would be rewritten."
         ),
         examples="""
@@ -35,7 +46,9 @@ lighthouse explain my_module:model_and_inputs --topk 512 --out graph.html
     )
     returns = "(model, inputs), the inputs a tensor or a tuple of what the model is called with"
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns=returns) + " (only its config.json is read)")
-    parser.add_argument("--length", type=int, default=8192, metavar="N", help="tokens, for a transformers model; default: 8192")
+    parser.add_argument(
+        "--length", type=at_least_one, default=8192, metavar="N", help="tokens, for a transformers model; default: 8192"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="save the graph before and after: .svg, .html or .json")
     add_config(parser)
     parser.set_defaults(run=run)
@@ -69,4 +82,4 @@ def _of_transformers(options: argparse.Namespace, config: Any) -> Report:
     with torch.device("meta"):  # shapes are all that a trace needs: no memory for the weights
         model: nn.Module = library.AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
         ids = torch.zeros(1, options.length, dtype=torch.long)
-    return explain(model.train(), ids, config=config)
+    return explain(model.train(), ids, config=config or LighthouseConfig.recommended(options.length))

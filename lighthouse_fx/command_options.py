@@ -37,7 +37,7 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, exa
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The options that make up a `LighthouseConfig`; what is not given is the model's own, or the default."""
-    group = parser.add_argument_group("Lighthouse attention; default: as the model is compiled, or LighthouseConfig()")
+    group = parser.add_argument_group("Lighthouse attention; default: as compiled, or as recommended for N")
     group.add_argument("--levels", type=int, metavar="L", help="levels of the pyramid; 1 is dense attention")
     group.add_argument("--pooling", type=int, metavar="P", help="windows of one level in a window of the next")
     group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level, over the whole sequence")
@@ -78,7 +78,8 @@ def layer_of(options: argparse.Namespace, length: int) -> LayerShape:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where to run."""
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help="where to run; default: a GPU where there is one, or else the CPU")
+    help = "where to run; default: a GPU where there is one, or else the CPU"
+    parser.add_argument("--device", default=best, type=_device, help=help)
 
 
 def console(width: int) -> Console:
@@ -112,6 +113,27 @@ def call_function(name: str) -> Any:
     finally:
         sys.path.remove(os.getcwd())
     return function()
+
+
+def _device(text: str) -> str:
+    try:
+        kind = torch.device(text).type
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: give cuda or cpu") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no GPU here that this PyTorch can use: give cpu")
+    return text
+
+
+def at_least_one(text: str) -> int:
+    """A number of tokens, for `type=`."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens: give an integer of at least 1")
+    return number
 
 
 def _layer(text: str) -> int | str:

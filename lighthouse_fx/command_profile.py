@@ -11,7 +11,17 @@ import torch
 from rich.console import Console
 
 from . import profile_figures
-from .command_options import add_command, add_device, add_layer, add_pyramid, call_function, console, layer_of
+from .bench import check_gathers
+from .command_options import (
+    add_command,
+    add_device,
+    add_layer,
+    add_pyramid,
+    at_least_one,
+    call_function,
+    console,
+    layer_of,
+)
 from .config import LighthouseConfig
 from .cost import Card, measure_card
 from .profile_steps import Step, layer_step, llama_step, model_step
@@ -42,7 +52,7 @@ lighthouse profile --length 1024 --topk 32 --dtype float32 --device cpu
         "model", nargs="?", metavar="MODEL", default="layer",
         help="'layer' (the default), 'llama', or package.module:function of yours that returns (model, inputs)",
     )  # fmt: skip
-    parser.add_argument("--length", type=int, default=32_768, metavar="N", help="tokens; default: 32768")
+    parser.add_argument("--length", type=at_least_one, default=32_768, metavar="N", help="tokens; default: 32768")
     add_layer(parser)
     parser.add_argument(
         "--layers", type=int, default=8, metavar="COUNT", help="of the Llama, its first and last dense; default: 8"
@@ -84,6 +94,7 @@ def _step(options: argparse.Namespace, device: torch.device) -> Step:
         moved = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
         return model_step(model.to(device), moved, config)
     shape = layer_of(options, options.length)
+    check_gathers(shape.length, config, config.max_kept)
     if options.model == "layer":
         return layer_step(shape, config, device)
     if options.model == "llama":

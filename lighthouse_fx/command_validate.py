@@ -16,6 +16,7 @@ from .command_options import (
     add_command,
     add_config,
     add_device,
+    at_least_one,
     call_function,
     config_from,
     console,
@@ -48,7 +49,7 @@ lighthouse validate my_module:model --text held_out.txt --out found
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns="the model"))
     parser.add_argument("--text", type=Path, metavar="FILE", required=True, help="held-out text, UTF-8")
-    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a window; default: 2048")
+    parser.add_argument("--length", type=at_least_one, default=2048, metavar="N", help="tokens of a window; default: 2048")
     parser.add_argument("--windows", type=int, default=8, metavar="W", help="of these, spread over the text; default: 8")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="windows in a batch; default: 1")
     parser.add_argument(

@@ -7,7 +7,7 @@ the margin for `patience` comparisons in a row, there is one warning, and anothe
 What is compared is dense: validation losses where the run and the reference have them, otherwise training losses of the
 dense stage. A training loss under Lighthouse attention is not a likelihood, so it is never compared. In the Lighthouse
 stage a model is not yet at home in dense attention, and its dense loss lies above that of a dense run by design (the paper
-reports 1.1 to 1.6 nats at the switch, gone within 1,000 to 1,500 steps): a wider margin holds there.
+reports 1.1 to 1.6 nats at the switch, gone within 1,000 to 1,500 steps of 6,000): a wider margin holds there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from statistics import fmean
 
 from .run_file import RunData, read_run
 
+_LONGEST_RECOVERY = 1500  # steps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
@@ -31,7 +33,7 @@ class Divergence:
     Args:
         margin: nats above the reference, in the dense stage.
         lighthouse_margin: nats above it in the Lighthouse stage and for `recovery` steps after the switch.
-        recovery: steps that the dense stage may take to recover.
+        recovery: steps that the dense stage may take to recover; None: half of the Lighthouse steps, 1,500 at most.
         smooth: differences in a mean; patience: means in a row.
 
     Raises:
@@ -40,7 +42,7 @@ class Divergence:
 
     margin: float = 0.1
     lighthouse_margin: float = 2.0
-    recovery: int = 1500
+    recovery: int | None = None
     smooth: int = 3
     patience: int = 3
 
@@ -49,7 +51,7 @@ class Divergence:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is no margin: give nats above 0, such as {name}=0.1")
         for name, least in (("recovery", 0), ("smooth", 1), ("patience", 1)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} is below {least}: give an integer of at least {least}")
 
 
@@ -127,7 +129,8 @@ class LossMonitor:
 
     def _margin(self, step: int) -> float:
         since = self._dense_since
-        settled = since == 0 or (since is not None and step >= since + self.rule.recovery)
+        recovery = min(_LONGEST_RECOVERY, (since or 0) // 2) if self.rule.recovery is None else self.rule.recovery
+        settled = since == 0 or (since is not None and step >= since + recovery)
         return self.rule.margin if settled else self.rule.lighthouse_margin
 
     def _say(self, above: float | None, what: str) -> str:

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -219,7 +220,8 @@ class TwoStage:
         if self._place == "entered":
             raise RuntimeError(self._ambiguous("the state is saved"))
         plan = {name: getattr(self, name) for name in _PLAN}
-        return plan | {"step": self._step, "recovery": self._recovery.state_dict()}
+        config = None if self.config is None else asdict(self.config)
+        return plan | {"config": config, "step": self._step, "recovery": self._recovery.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -241,6 +243,12 @@ class TwoStage:
             raise ValueError(
                 f"state has {others}, and this plan {mine}: make TwoStage as the run was begun; to change the plan on "
                 "purpose, schedule.seek(state['step'])"
+            )
+        config = state.get("config")
+        if config is not None and self.config is not None and LighthouseConfig(**config) != self.config:
+            raise ValueError(
+                f"state is of a run under {LighthouseConfig(**config)}, and this plan has {self.config}: give the config that "
+                "the run was begun with; to change it on purpose, schedule.seek(state['step'])"
             )
         self.seek(state["step"])
         self._recovery.load_state_dict(state["recovery"])

@@ -50,7 +50,7 @@ def validate(
         model: compiled or not; from token numbers `[B, N]` it gives logits `[B, N, V]`, as a tensor, in `.logits` or first.
         data: token numbers, `[windows, N + 1]`, or batches `[B, N + 1]` of one length. Take several windows: what is
             concluded rests on how much they differ.
-        config: the Lighthouse attention; by default as the model is compiled, otherwise `LighthouseConfig()`.
+        config: the Lighthouse attention; by default as the model is compiled, otherwise the recommended one for N tokens.
         passkey: look for passkeys, too: `Passkey(lengths=(4096, 16384), encode=tokenizer.encode)`.
         batch: windows at once, where data is a tensor.
         check_inference: run the compiled model once; a model that is not compiled with this backend is for this.
@@ -76,6 +76,8 @@ def validate(
     batches = [rows.to(device) for rows in batches]
     length = batches[0].shape[1] - 1
     half, quarter = length // 2, max(1, length // 4)
+    if config is None and not setting_of(model).compiled:
+        config = LighthouseConfig.recommended(length)
     lighthouse = AsTrained(model, config)
     dense: list[Tensor] = []  # [B, N] each, as are the others
     approximate: list[Tensor] = []
@@ -90,6 +92,8 @@ def validate(
             calls = calls or lighthouse.calls
             if any(call.rewritten for call in calls):  # otherwise it is dense attention, and no other loss
                 approximate.append(losses)
+        with torch.compiler.set_stance("force_eager"):
+            vocabulary = logits_of(model, batches[0][:1, :1]).shape[-1]
         inference = _inference(model, batches[0][:, :-1], lighthouse.config) if check_inference else None
         found = None
         if passkey is not None:
@@ -103,6 +107,7 @@ def validate(
         windows=len(own),
         length=length,
         dense_loss=own.mean().item(),
+        guessing=math.log(vocabulary),
         lighthouse_loss=None if other is None else other.mean().item(),
         gap=None if other is None else _paired(own - other),
         context_gain=_paired(torch.cat(cut) - own[:, -quarter:]) if length >= 4 else None,
@@ -156,7 +161,7 @@ def _paired(differences: Tensor) -> Paired:
     """The mean over windows of the mean difference of a window's tokens, `[windows, tokens]`."""
     means = differences.mean(dim=1)  # [windows]
     error = means.std().item() / len(means) ** 0.5 if len(means) > 1 else math.inf
-    return Paired(mean=means.mean().item(), error=error)
+    return Paired(mean=means.mean().item(), error=error, windows=len(means))
 
 
 def _by_position(dense: Tensor, lighthouse: Tensor | None) -> tuple[PositionLoss, ...]:

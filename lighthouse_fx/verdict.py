@@ -20,6 +20,7 @@ from .passkey import CHANCE, PasskeyResult
 from .report import AttentionRecord
 
 Answer = Literal["yes", "no", "unclear"]
+_LEARNT = 0.05  # nats better than guessing
 _STYLES = {"yes": "green", "no": "red", "unclear": "yellow"}
 
 
@@ -32,17 +33,22 @@ class Finding:
     text: str
 
 
+# Student's t of 95% for so few windows, by their number; for more, two standard errors.
+_SURE = {1: math.inf, 2: 12.7, 3: 4.3, 4: 3.2, 5: 2.8, 6: 2.6, 7: 2.5}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """A difference between two losses of the same tokens: its mean and its standard error over windows."""
+    """A difference between two losses of the same tokens: its mean and its standard error over so many windows."""
 
     mean: float
     error: float
+    windows: int
 
     @property
     def sign(self) -> int:
-        """1 or -1 where it is further from nothing than two standard errors, otherwise 0."""
-        return 0 if not abs(self.mean) > 2 * self.error else 1 if self.mean > 0 else -1
+        """1 or -1 where it is further from nothing than two standard errors, or more for a few windows, otherwise 0."""
+        return 0 if not abs(self.mean) > _SURE.get(self.windows, 2.0) * self.error else 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} nats (standard error {self.error:.4f})"
@@ -78,8 +84,9 @@ class Validation:
     """The figures of a validation and what follows from them.
 
     Attributes:
-        dense_loss: nats per token under dense attention. lighthouse_loss: under Lighthouse attention, which is no likelihood;
-            None where no attention call can be rewritten. gap: the first minus the second.
+        dense_loss: nats per token under dense attention. guessing: of a model to which all tokens are alike.
+        lighthouse_loss: under Lighthouse attention, which is no likelihood; None where no attention call can be
+            rewritten. gap: dense minus Lighthouse loss.
         context_gain: how much lower the loss of a window's last quarter is than that of the same tokens after only half of
             the window's text; None for windows that are too short for that.
         positions: the loss by where in the window a token is. calls: what became of each attention call.
@@ -91,6 +98,7 @@ class Validation:
     windows: int
     length: int
     dense_loss: float
+    guessing: float
     lighthouse_loss: float | None
     gap: Paired | None
     context_gain: Paired | None
@@ -127,10 +135,9 @@ class Validation:
                 f"{gain.error:.4f}) with all tokens before it than with at most {self.length - self.length // 2:,}",
             )
         if (found := self.passkey) is not None:
-            excess = Paired(mean=found.accuracy - CHANCE, error=found.error)
             yield Finding(
                 question="Are passkeys found?",
-                answer="yes" if excess.sign > 0 else "no",
+                answer="yes" if found.accuracy - CHANCE > 2 * found.error else "no",
                 text=f"{found.accuracy:.0%} of the digits, over {len(found.lengths)} lengths up to {max(found.lengths):,} "
                 f"tokens and {len(found.depths)} depths; guessing finds {CHANCE:.0%}",
             )
@@ -139,6 +146,9 @@ class Validation:
         question = "Is dense attention trained?"
         if not math.isfinite(self.dense_loss):
             return Finding(question=question, answer="no", text=f"the dense loss is {self.dense_loss}")
+        if self.dense_loss > self.guessing - _LEARNT:
+            text = f"the dense loss, {self.dense_loss:.4f} nats, is no better than guessing, {self.guessing:.4f}"
+            return Finding(question=question, answer="no", text=text)
         if self.gap is None:
             reasons = "; ".join(dict.fromkeys(call.reason for call in self.calls)) or "none was found"
             text = f"no attention call runs under Lighthouse, so there is nothing to compare with: {reasons}"

@@ -190,6 +190,21 @@ def test_a_resumed_run_replaces_what_it_does_again(tmp_path):
     assert [step.step for step in read_run(path).steps] == [0, 1, 2, 3, 4]
 
 
+def test_a_switch_is_seen_from_the_step_before_not_from_the_line_before(tmp_path):
+    """A run that was killed after its switch goes on from a checkpoint before it; then another run begins in the same file."""
+    _, call = compiled(1)
+    path = tmp_path / "run.jsonl"
+    train(RunLog(path), call, range(2))
+    train(RunLog(path), call, range(2, 4), stage=lighthouse_fx.dense)
+    assert [event.step for event in read_run(path).named("switch")] == [2]
+    train(RunLog(path), call, range(1, 2))
+    assert read_run(path).named("switch") == []
+    train(RunLog(path), call, range(2, 4), stage=lighthouse_fx.dense)
+    assert [event.step for event in read_run(path).named("switch")] == [2]
+    train(RunLog(path), call, range(1))
+    assert read_run(path).named("switch") == []
+
+
 def test_a_later_line_of_a_step_wins(tmp_path):
     log = RunLog(tmp_path / "run.jsonl")
     plain(log, 0, 1.0)
@@ -247,6 +262,14 @@ def test_recovery_after_the_switch():
     monitor.training(50, 1.0, stage="dense")
     assert heard(monitor, [1.5] * 99, start=51) == []
     assert heard(monitor, [1.5] * 10, start=150) == [152]
+
+
+def test_recovery_takes_half_of_the_lighthouse_steps_unless_it_is_given():
+    monitor = LossMonitor(FLAT, Divergence(smooth=1, patience=1))
+    monitor.training(0, 1.0, stage="lighthouse")
+    monitor.training(50, 1.0, stage="dense")
+    assert heard(monitor, [1.5] * 10, start=65) == []
+    assert heard(monitor, [1.5] * 10, start=75) == [75]
 
 
 def test_dense_training_losses_are_compared_where_there_is_no_validation():

@@ -110,7 +110,36 @@ def test_explain_a_transformers_config(tmp_path, capsys):
     wide.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--length", "98304"]) == 0
     printed = capsys.readouterr().out
-    assert "3 of 3 attention calls rewritten" in printed and "98,304" in printed and "18,432" in printed
+    assert "3 of 3 attention calls rewritten" in printed and "98,304" in printed and "73,728" in printed
+    assert main(["explain", str(tmp_path), "--length", "98304", "--topk", "1536"]) == 0
+    assert "18,432" in capsys.readouterr().out
+    assert main(["explain", str(tmp_path)]) == 0, "the recommended pyramid for its length, whatever that is"
+    assert "3 of 3 attention calls rewritten" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("bench --lengths 0", "'0' is no number of tokens: give an integer of at least 1"),
+        ("explain nowhere --length -3", "'-3' is no number of tokens"),
+        ("profile --device foo", "'foo' is no device: give cuda or cpu"),
+        ("validate nowhere --text x --device cuda", "there is no GPU here"),
+    ],
+)
+def test_bad_lengths_and_devices(command, said, capsys):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["bench --lengths 512 --topk 512", "profile --length 512 --topk 512"])
+def test_a_layer_that_would_stay_dense_is_not_measured(command, capsys):
+    assert main([*command.split(), "--dtype", "float32", "--heads", "1", "--dim", "16", "--device", "cpu"]) == 2
+    assert "topk=512 gather 672 of 512 tokens, so attention stays dense: give fewer, such as levels=2, topk=64" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

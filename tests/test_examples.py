@@ -116,3 +116,12 @@ def test_budget(tmp_path):
     assert [step.gathered for step in log.steps] == [low, low, high, None, None]
     assert [event.step for event in log.named("budget")] == [0, 2]
     assert (tmp_path / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_the_published_runs(tmp_path):
+    published = SCRIPT.parents[1] / "benchmarks" / "results" / "recipes_wsd.json"
+    (tmp_path / "runs.json").write_bytes(published.read_bytes())
+    command = [sys.executable, str(SCRIPT.with_name("recipe_seeds.py")), str(tmp_path / "runs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "recipe_seeds.png").read_bytes().startswith(b"\x89PNG")

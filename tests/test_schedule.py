@@ -5,6 +5,7 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import killed_run
@@ -407,3 +408,11 @@ def test_bad_arguments(arguments, says):
         TwoStage(**arguments)
     with pytest.raises(ValueError, match="step=5 is beyond"):
         TwoStage(4, fraction=0.5).seek(5)
+
+
+def test_a_checkpoint_under_another_pyramid_is_an_error():
+    saved = json.loads(json.dumps(TwoStage(8, config=CONFIG).state_dict()))
+    TwoStage(8, config=CONFIG).load_state_dict(saved)
+    TwoStage(8).load_state_dict(saved)  # the model's own options, which may be the same
+    with pytest.raises(ValueError, match=r"state is of a run under LighthouseConfig\(.*and this plan has.*schedule\.seek"):
+        TwoStage(8, config=replace(CONFIG, topk=CONFIG.topk + 4)).load_state_dict(saved)

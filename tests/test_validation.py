@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from small_models import CONFIG, WIDTH, Model, causal, functional, twin
 from torch import nn
 
 import lighthouse_fx
-from lighthouse_fx import Passkey, validate
+from lighthouse_fx import LighthouseConfig, Passkey, validate
 from lighthouse_fx.as_trained import AsTrained
 from lighthouse_fx.passkey import find_passkeys
 from lighthouse_fx.verdict import Inference, Paired
@@ -143,10 +144,16 @@ def test_batches_may_come_one_by_one():
 
 
 def test_where_nothing_is_rewritten_there_is_no_lighthouse_loss():
-    found = validate(Language(), tokens(), check_inference=False)  # by default k = 1536
+    found = validate(Language(), tokens(), config=LighthouseConfig(), check_inference=False)  # k = 1536
     assert found.lighthouse_loss is None and found.gap is None and all(at.lighthouse is None for at in found.positions)
     (finding,) = [finding for finding in found.findings if "trained" in finding.question]
-    assert finding.answer == "unclear" and "not worth it" in finding.text
+    assert finding.answer == "no" and "no better than guessing, 5.5452" in finding.text
+    assert "not worth it" in replace(found, dense_loss=1.0).findings[0].text
+
+
+def test_without_a_configuration_it_is_the_recommended_one_for_the_length():
+    found = validate(Language(), tokens(), check_inference=False)
+    assert found.config == LighthouseConfig.recommended(N) and found.lighthouse_loss is not None
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -218,9 +225,22 @@ def test_a_loss_that_is_no_number_fails():
     assert not found.passed and answer(found, "trained") == "no"
 
 
+def test_a_model_that_has_learnt_nothing_is_not_trained():
+    """Whichever of its losses is lower."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        found = validate(Language(), tokens(windows=8), config=LighthouseConfig(topk=8), check_inference=False)
+        assert answer(found, "trained") == "no" and found.guessing == pytest.approx(math.log(256))
+
+
+@pytest.mark.parametrize("windows, sign", [(1, 0), (2, 0), (4, 0), (5, 1), (8, 1)])
+def test_few_windows_prove_less(windows, sign):
+    assert Paired(mean=0.3, error=0.1, windows=windows).sign == sign
+
+
 @pytest.mark.parametrize("mean, error, sign", [(1.0, 0.4, 1), (-1.0, 0.4, -1), (1.0, 0.6, 0), (1.0, math.inf, 0), (0.0, 0, 0)])
 def test_two_standard_errors_count(mean, error, sign):
-    assert Paired(mean=mean, error=error).sign == sign
+    assert Paired(mean=mean, error=error, windows=8).sign == sign
 
 
 # --- passkeys ---------------------------------------------------------------------------------------------------------
