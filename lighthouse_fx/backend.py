@@ -106,6 +106,7 @@ def rewrite(
     gradients = torch.is_grad_enabled()
     modules = dynamo.Modules(gm)
     modules.name_nodes(gm)
+    gm = documents.prepared(gm)  # before anything is noted in its meta: DDP copies the graph that it gave, meta and all
     gm.meta |= {LAYERS: modules.layer, TRAINING: modules.training}
     if not gradients:
         gm.meta[NO_GRADIENTS] = _WITHOUT_GRADIENTS
@@ -114,7 +115,6 @@ def rewrite(
     before = as_networkx(gm)
     if excluded is not None:
         gm.meta[EXCLUDED] = excluded
-    gm = documents.prepared(gm)
     gm = run_passes(gm, example_inputs, config=config or own)
     del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
     calls = gm.meta[CALLS]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,7 +42,10 @@ _SEEN_THROUGH = _CASTS | _RESHAPES | _TIMES | _OVER | _PLUS | _FILLS | frozenset
         "getitem", "nan_to_num", "pow", "neg", "squeeze", "unsqueeze", "tril", "triu",
     }
 )  # fmt: skip
+# The same, with other columns than before: a sink's, say, added before the softmax and dropped behind it.
+_COLUMNS = frozenset({"cat", "concat", "pad", "getitem", "narrow"})
 _FARTHEST = 12  # operations between a product and the softmax
+_SINKS = "it stays as it is; documents and the stage do not reach it"
 _KEEP = "write it as scaled_dot_product_attention(q, k, v, is_causal=True)"
 
 
@@ -78,11 +82,20 @@ def _behind(node: Any, wanted: Callable[[fx.Node], bool], distance: int = _FARTH
         return None
     if wanted(node):
         return node
-    if not distance or operation_name(node) not in _SEEN_THROUGH:
+    name, sizes = _name(node), _matrix(node)
+    if not distance or name not in _SEEN_THROUGH | _COLUMNS:
         return None
-    sizes = _matrix(node)
-    sources = (x for x in node.all_input_nodes if sorted(_matrix(x)) == sorted(sizes))
+    columns = name in _COLUMNS
+    sources = (
+        x for x in node.all_input_nodes
+        if sorted(_matrix(x)) == sorted(sizes) or (columns and _shape(x)[:-1] == _shape(node)[:-1])
+    )  # fmt: skip
     return next((x for source in sources if (x := _behind(source, wanted, distance - 1)) is not None), None)
+
+
+def _name(node: fx.Node) -> str:
+    """The operation's name; `F.pad` is traced as a function that has no other home."""
+    return operation_name(node) or ("pad" if getattr(node.target, "__name__", "") == "pad" else "")
 
 
 def _matrix(node: Any) -> tuple[str, ...]:
@@ -104,6 +117,8 @@ class _Path:
 
     nodes: list[fx.Node] = field(default_factory=list)  # from the one before the output back to the scores
     scale: float = 1.0
+    symbol: fx.Node | None = None  # a number that is known when the graph runs, which also scales
+    over: bool = False  # it divides
     dropout_p: float = 0.0
     mask: Any = None
     form: ScoreMask | None = None
@@ -127,6 +142,7 @@ def _understood(
         return call.refuse(f"attention written out by hand: {why.reason}", why.remedy or _KEEP)
     except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
         return call.refuse("attention written out by hand, in a way that was not understood", _KEEP)
+    scale = path.scale if path.symbol is None else _scale(path, path.symbol, call.node, views)
     call = replace(
         call,
         query=query,
@@ -135,7 +151,7 @@ def _understood(
         mask=path.mask,
         score_mask=path.form,
         dropout_p=path.dropout_p,
-        scale=path.scale,
+        scale=scale,
         enable_gqa=_one_head(asked.key) and _one_head(out.value) and not _one_head(asked.query),
         own_nodes=tuple((node, call.region) for node in (*path.nodes, *asked.turned)),
         views=tuple(views),
@@ -155,10 +171,12 @@ def _follow_weights(weights: fx.Node, softmax: fx.Node, path: _Path) -> None:
     """From the output's argument back to the softmax."""
     node = weights
     while node is not softmax:
-        name = operation_name(node)
+        name = _name(node)
         source = _first(node)
         if name == "dropout":
             path.dropout_p = _dropout(node, path.dropout_p)
+        elif name in _COLUMNS:
+            raise Unclear("its softmax has columns of its own beside the keys (attention sinks)", _SINKS)
         elif not _is_plain(node, source):
             raise Unclear(f"its weights are changed by {node.name}")
         path.nodes.append(node)
@@ -172,11 +190,18 @@ def _follow_scores(softmax: fx.Node, path: _Path) -> Scores:
     node = _first(softmax)
     scaled = False
     while not is_product(node):
-        name = operation_name(node)
+        name = _name(node)
+        if name in _COLUMNS:
+            raise Unclear("its softmax has columns of its own beside the keys (attention sinks)", _SINKS)
         source = _source(node)
         if name in _TIMES or name in _OVER:
             factor = _factor(node, source)
-            path.scale *= 1 / factor if name in _OVER else factor
+            if isinstance(factor, fx.Node):
+                if path.symbol is not None:
+                    raise Unclear("its scale is made of several numbers that are computed in the graph", "multiply them first")
+                path.symbol, path.over = factor, name in _OVER
+            else:
+                path.scale *= 1 / factor if name in _OVER else factor
             scaled = True
         elif name in _PLUS or name in _FILLS or name == "where":
             _take_mask(node, source, path, scaled=scaled)
@@ -241,16 +266,30 @@ def _dropout(node: fx.Node, before: float) -> float:
     return float(p) if training and p else before
 
 
-def _factor(node: fx.Node, source: fx.Node) -> float:
+def _factor(node: fx.Node, source: fx.Node) -> float | fx.Node:
     others = [x for x in node.args if x is not source]
     if node.kwargs or len(node.args) != 2 or len(others) != 1:
         raise Unclear(f"its scale, {node.name}, is not understood", "multiply by a Python number")
-    factor = constant(others[0])
+    factor, symbol = constant(others[0]), others[0]
+    symbolic = isinstance(symbol, fx.Node) and isinstance(factor, torch.SymFloat | torch.SymInt)
+    if symbolic and (operation_name(node) not in _OVER or node.args[0] is source):
+        assert isinstance(symbol, fx.Node)
+        return symbol
     if fake(others[0]) is not None or not is_number(factor):
         raise Unclear(f"its scale {others[0]} is computed in the graph", "give a Python number, such as head_dim ** -0.5")
     if operation_name(node) in _OVER and (node.args[0] is not source or factor == 0):
         raise Unclear(f"{node.name} divides by the scores")
     return float(factor)
+
+
+def _scale(path: _Path, symbol: fx.Node, before: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """A node of the whole scale, put into the graph."""
+    function, value = operator.truediv if path.over else operator.mul, symbol.meta["example_value"]
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(function, (path.scale, symbol))
+    node.meta["example_value"] = function(path.scale, value)
+    views.append(node)
+    return node
 
 
 # --- its mask ---------------------------------------------------------------------------------------------------------
@@ -282,7 +321,7 @@ def _take_mask(node: fx.Node, source: fx.Node, path: _Path, *, scaled: bool) -> 
 def _mask(node: fx.Node, path: _Path, mask: Any, fill: Any, *, hides: bool, scaled: bool) -> None:
     tensor = fake(node)
     if path.mask is not None:
-        raise Unclear("it has more than one mask", "combine them into one")
+        raise Unclear("it has more than one mask", "combine masks into one; with a bias such as ALiBi it stays dense")
     if scaled:
         raise Unclear("its scores are scaled after they are masked", "scale before masking")
     if tensor is None or fake(mask) is None:

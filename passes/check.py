@@ -35,6 +35,7 @@ from .call import (
 )
 from .elements import is_one
 from .regions import regions
+from .rows import BATCH, TOKEN, origin, place_in
 from .writes import memories, target_of_write
 
 
@@ -178,6 +179,10 @@ def _in_documents(
         reason = "its batch or length does not follow from the shapes of the graph's inputs, so documents may not fit it"
     elif tuple(numbers.shape) != (query.shape[0], query.shape[2]):
         reason = f"the documents are of {list(numbers.shape)} tokens, its queries of {[query.shape[0], query.shape[2]]}"
+    elif call.documents is given and {BATCH, TOKEN} & {
+        atom.kind for atom in origin(call.query, place_in(query))[-1] if atom.size != 1
+    }:
+        reason = "its first and third dimensions are not those of a batch and its tokens, so documents do not fit it"
     elif numbers.device != query.device:
         reason = f"the documents are on {numbers.device}, its queries on {query.device}"
     return replace(call, documents=None).refuse(reason) if reason else call

@@ -93,6 +93,26 @@ def given(node: fx.Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def origin(node: fx.Node, place: Place) -> Place:
+    """Where rows lie in what they come from, as far back as each operation says so: what a projection gave, say.
+
+    There may be more features than theirs, as where one tensor holds queries, keys and values.
+    """
+    while True:
+        cut = node.args[0] if plain_name(node) == "getitem" else None
+        if isinstance(cut, fx.Node) and plain_name(cut) == "unbind" and (source := _source_of_many(cut)) is not None:
+            dim, before = constant(given(cut, "input", "dim").get("dim", 0)), sizes(_tensor(source))
+            if not isinstance(dim, int):
+                return place
+            dim %= len(before)
+            node, place = source, (*place[:dim], (Atom(FEATURE, before[dim]),), *place[dim:])
+            continue
+        step = step_back(node, place)
+        if step is None or step.operands[0][1] is None:
+            return place
+        node, place = step.operands[0][0], step.operands[0][1]
+
+
 def holds_data(operand: fx.Node, place: Place | None) -> bool:
     """Whether an operand gives the rows, which lie in the result at a place, something of its own.
 

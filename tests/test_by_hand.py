@@ -250,6 +250,13 @@ def without_gradient(q, k, v):
     return weights @ v
 
 
+def sink(q, k, v):
+    """As GPT-OSS has it."""
+    weights = torch.cat([scores(q, k) + bias(), torch.ones(1, H, 1, 1, dtype=q.dtype).expand(B, -1, N, -1)], -1)
+    weights = weights - weights.max(-1, keepdim=True).values
+    return F.softmax(weights, -1)[..., :-1] @ v
+
+
 def weights_returned(q, k, v):
     weights = scores(q, k).softmax(-1)
     return weights @ v, weights
@@ -313,6 +320,10 @@ OTHER = {
     "scores written into the mask": (written_into_the_mask, "another tensor"),
     "query written to": (query_written_to, "changed in place"),
     "no gradient between": (without_gradient, "gradients stop"),
+    "a sink": (sink, "attention sinks"),
+    "softmax of one more": (
+        lambda q, k, v: F.pad(scores(q, k) + bias(), (1, 0)).softmax(-1)[..., 1:] @ v, "attention sinks"
+    ),
     "five dimensions": (
         lambda q, k, v: (scores(q[:, :, None], k[:, :, None]).softmax(-1) @ v[:, :, None])[:, :, 0], "5 and 5 dimensions"
     ),
@@ -348,6 +359,39 @@ def test_what_is_not_provably_attention_is_listed_and_left(case):
     assert str(gm.graph) == before  # the user's own
     torch.manual_seed(1)
     torch.testing.assert_close(found, function(*tensors), equal_nan=True, **TIGHT)
+
+
+SCALED = {
+    "times": lambda scores, scale: scores * scale,
+    "over": lambda scores, scale: scores / (1 / scale),
+    "twice": lambda scores, scale: 2.0 * scores * scale / 2.0,
+}
+
+
+@pytest.mark.parametrize("how", SCALED)
+def test_layers_whose_scales_differ(how):
+    """A module's float becomes an input of the graph as soon as two modules differ in it."""
+
+    class Scaled(nn.Module):
+        def __init__(self, scale, by_hand):
+            super().__init__()
+            self.scale, self.by_hand = scale, by_hand
+
+        def forward(self, q, k, v):
+            if not self.by_hand:
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            return SCALED[how](scores(q, k), self.scale).masked_fill(hidden(), NEVER).softmax(-1) @ v
+
+    tensors = qkv()
+    for number in range(1, 4):
+        found, expected = (
+            torch.compile(Scaled(1 / number, by_hand), backend=passes_only, options=FIELDS)(*tensors)
+            for by_hand in (True, False)
+        )
+        torch.testing.assert_close(found, expected, **TIGHT)
+        gradients = (torch.autograd.grad(x.square().sum(), tensors) for x in (found, expected))
+        torch.testing.assert_close(*gradients, **TIGHT)
+    assert all(call.rewritten for report in lighthouse_fx.reports() for call in report.calls)
 
 
 @pytest.mark.parametrize("spelling", ["bmm", "einsum, tokens first"])

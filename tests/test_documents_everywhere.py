@@ -11,6 +11,7 @@ from small_models import (
     CONFIG,
     FIELDS,
     TOKENS,
+    Attention,
     Model,
     assert_same_gradients,
     causal,
@@ -210,6 +211,63 @@ def test_attention_that_is_not_causal_is_dense_inside_and_rewritten_outside():
             warnings.simplefilter("ignore")
             torch.testing.assert_close(run(x), model(x))
         assert not torch.allclose(run(x), model(x))
+
+
+class HeadsFirst(torch.nn.Module):
+    """Attention over `[H, B, N, D]`, where stock attention does not mind, and documents would be taken for heads."""
+
+    def __init__(self, together):
+        super().__init__()
+        self.project, self.together = torch.nn.Linear(32, 96), together
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        if self.together:
+            q, k, v = self.project(x).view(batch, length, 3, 2, 16).permute(2, 3, 0, 1, 4).unbind(0)
+        else:
+            q, k, v = (part.view(batch, length, 2, 16).permute(2, 0, 1, 3) for part in self.project(x).chunk(3, -1))
+        return causal(q, k, v).permute(1, 2, 0, 3).reshape(batch, length, 32)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_heads_before_the_batch_are_not_taken_for_it(together):
+    model, x = HeadsFirst(together), inputs(batch=2)
+    with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="does not heed it"):
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    (call,) = lighthouse_fx.reports()[-1].calls
+    assert "not those of a batch and its tokens" in call.reason
+
+
+class Wide(torch.nn.Module):
+    """Layers of 0.8 MB each: several buckets of DDP's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Attention(width=256) for _ in range(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_buckets_of_ddp(tmp_path):
+    """DDP cuts the graph where its buckets end, and copies the parts."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = Wide()
+        around = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+        x = torch.randn(2, TOKENS, 256)
+        with lighthouse_fx.documents(NUMBERS):
+            found = compiled(around)(x)
+            in_parts = [report.rewritten for report in lighthouse_fx.reports()]
+            torch.testing.assert_close(found, compiled(model)(x))
+            found.square().mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sum(in_parts) == 6 and len(in_parts) > 1
+    assert all(call.inside_documents for report in lighthouse_fx.reports() for call in report.calls)
 
 
 def test_verify_knows_dense_layers_inside_documents():
