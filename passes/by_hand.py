@@ -4,8 +4,9 @@
     out     = dropout(weights, p) @ v               ->  an AttentionCall, as of scaled_dot_product_attention(q, k, v, mask, ...)
 
 Every step between the products must be understood, and nothing else may use what lies between them. Otherwise the call is
-listed, and refused with what stands in the way. The user's nodes stay where they are until the call is rewritten; what is
-added are views, where q, k or v are laid out otherwise, and only those of rewritten calls remain.
+listed, and refused with what stands in the way, and so is any other softmax over tokens by tokens. The user's nodes stay where
+they are until the call is rewritten; what is added are views, where q, k or v are laid out otherwise, and only those of
+rewritten calls remain.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _SEEN_THROUGH = _CASTS | _RESHAPES | _TIMES | _OVER | _PLUS | _FILLS | frozenset
 )  # fmt: skip
 # The same, with other columns than before: a sink's, say, added before the softmax and dropped behind it.
 _COLUMNS = frozenset({"cat", "concat", "pad", "getitem", "narrow"})
+_FEWEST = 3  # dimensions of scores
 _FARTHEST = 12  # operations between a product and the softmax
 _SINKS = "it stays as it is; documents and the stage do not reach it"
 _KEEP = "write it as scaled_dot_product_attention(q, k, v, is_causal=True)"
@@ -55,10 +57,14 @@ def find_by_hand(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: A
     found, order = [], []
     for region in regions(gm):
         nodes = list(region.gm.graph.nodes)
+        between = {node: found_between for node in nodes if is_product(node) and (found_between := _between(node))}
+        known = {softmax for _, softmax in between.values()}
         for node in nodes:
-            if is_product(node) and (between := _between(node)):
-                call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
-                found.append(_understood(call, *between, writers, gradients=NO_GRADIENTS not in gm.meta))
+            call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
+            if node in between:
+                found.append(_understood(call, *between[node], writers, gradients=NO_GRADIENTS not in gm.meta))
+            elif node not in known and _is_like_attention(node):
+                found.append(call.refuse("a softmax over tokens by tokens, in an attention that is not understood", _KEEP))
         order += nodes
     add_calls(gm, found, order)
     return gm
@@ -74,6 +80,19 @@ def _between(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         if softmax is not None and _behind(_first(softmax), is_product) is not None:
             return weights, softmax
     return None
+
+
+def _is_like_attention(node: fx.Node) -> bool:
+    """Whether it is a softmax over a square of tokens, between two products of matrices, whatever else is between them."""
+    sizes = _shape(node)
+    if operation_name(node) not in ("softmax", "log_softmax") or len(sizes) < _FEWEST or sizes[-1] != sizes[-2]:
+        return False
+
+    def reaches(found: fx.Node, following: Callable[[fx.Node], Any], distance: int = _FARTHEST) -> bool:
+        near = [x for x in following(found) if _matrix(x) == _matrix(node) or is_product(x)]
+        return any(is_product(x) or (distance and reaches(x, following, distance - 1)) for x in near)
+
+    return reaches(node, lambda x: x.all_input_nodes) and reaches(node, lambda x: x.users)
 
 
 def _behind(node: Any, wanted: Callable[[fx.Node], bool], distance: int = _FARTHEST) -> fx.Node | None:

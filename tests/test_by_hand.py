@@ -321,6 +321,11 @@ OTHER = {
     "query written to": (query_written_to, "changed in place"),
     "no gradient between": (without_gradient, "gradients stop"),
     "a sink": (sink, "attention sinks"),
+    "heads that talk": (
+        lambda q, k, v: torch.einsum("bhnm,hg->bgnm", scores(q, k), torch.eye(H, dtype=q.dtype)).softmax(-1) @ v,
+        "not understood",
+    ),
+    "exponentials": (lambda q, k, v: scores(q, k).log_softmax(-1).exp() @ v, "not understood"),
     "softmax of one more": (
         lambda q, k, v: F.pad(scores(q, k) + bias(), (1, 0)).softmax(-1)[..., 1:] @ v, "attention sinks"
     ),
