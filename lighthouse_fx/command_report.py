@@ -42,6 +42,8 @@ lighthouse report run.jsonl --reference dense.jsonl --out run.html
 
 def run(options: argparse.Namespace) -> int:
     """`lighthouse report`: print the table, write what was asked for."""
+    if options.reference and not options.out:
+        raise ValueError("--reference is drawn on the page, and there is none: give --out run.html, too")
     data = read_run(options.log)
     reference = read_reference(options.reference) if options.reference else None
     console(_WIDTH).print(audit_page.summary(data))

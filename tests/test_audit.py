@@ -361,6 +361,11 @@ def test_report_of_a_log_with_nothing_but_a_header(tmp_path, capsys):
     assert "0 steps" in capsys.readouterr().out
 
 
+def test_a_reference_without_a_page_is_an_error(two_stages, capsys):
+    assert main(["report", str(two_stages), "--reference", str(two_stages)]) == 2
+    assert "give --out run.html" in capsys.readouterr().err
+
+
 def test_reference_in_the_page(two_stages, tmp_path):
     reference = Reference(name="other.jsonl", validation={1: 2.0, 5: 1.0})
     text = audit_page.save_page(read_run(two_stages), tmp_path / "run.html", reference=reference).read_text()
