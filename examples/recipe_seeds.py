@@ -28,19 +28,16 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
     figure, axes = pyplot.subplots(1, len(LENGTHS), figsize=(14, 4.6), layout="constrained")
     for axis, (key, length) in zip(axes, LENGTHS.items(), strict=True):
-        switched = False
         for run in found[key]:
             name = SAME.get(run["name"], run["name"])
             if name not in SHOWN:
                 continue
-            label, colour = SHOWN[name]
+            what, colour = SHOWN[name]
             steps = [int(step) for step in run["validation"]]
             dashes = ("-", "--", ":")[run["seed"]]
-            label = f"{label}, seed {run['seed']}: {run['final']:.3f}"
+            label = f"{what}, seed {run['seed']}: {run['final']:.3f}"
             axis.plot(steps, list(run["validation"].values()), dashes, color=colour, label=label)
-            if not switched:
-                axis.axvline(steps[-1] / 2, color="0.8", linewidth=1)
-                switched = True
+        axis.axvline(steps[-1] / 2, color="0.8", linewidth=1)
         axis.set(title=f"{length:,} tokens", xlabel="step")
         axis.legend(frameon=False, fontsize=8)
         axis.grid(alpha=0.25)

@@ -93,7 +93,7 @@ def validate(
             if any(call.rewritten for call in calls):  # otherwise it is dense attention, and no other loss
                 approximate.append(losses)
         with torch.compiler.set_stance("force_eager"):
-            vocabulary = logits_of(model, batches[0][:1, :1]).shape[-1]
+            vocabulary = logits_of(model, batches[0][:1, half:-1]).shape[-1]  # of a length that it was given above
         inference = _inference(model, batches[0][:, :-1], lighthouse.config) if check_inference else None
         found = None
         if passkey is not None:

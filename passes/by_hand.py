@@ -47,7 +47,10 @@ _SEEN_THROUGH = _CASTS | _RESHAPES | _TIMES | _OVER | _PLUS | _FILLS | frozenset
 _COLUMNS = frozenset({"cat", "concat", "pad", "getitem", "narrow"})
 _FEWEST = 3  # dimensions of scores
 _FARTHEST = 12  # operations between a product and the softmax
-_SINKS = "it stays as it is; documents and the stage do not reach it"
+_OWN_COLUMNS = (
+    "its softmax has columns of its own beside the keys (attention sinks)",
+    "it stays as it is; documents and the stage do not reach it",
+)
 _KEEP = "write it as scaled_dot_product_attention(q, k, v, is_causal=True)"
 
 
@@ -60,11 +63,14 @@ def find_by_hand(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: A
         between = {node: found_between for node in nodes if is_product(node) and (found_between := _between(node))}
         known = {softmax for _, softmax in between.values()}
         for node in nodes:
+            if node not in between and (node in known or not _is_like_attention(node)):
+                continue
             call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
             if node in between:
-                found.append(_understood(call, *between[node], writers, gradients=NO_GRADIENTS not in gm.meta))
-            elif node not in known and _is_like_attention(node):
-                found.append(call.refuse("a softmax over tokens by tokens, in an attention that is not understood", _KEEP))
+                call = _understood(call, *between[node], writers, gradients=NO_GRADIENTS not in gm.meta)
+            else:
+                call = call.refuse("a softmax over tokens by tokens, in an attention that is not understood", _KEEP)
+            found.append(call)
         order += nodes
     add_calls(gm, found, order)
     return gm
@@ -88,11 +94,17 @@ def _is_like_attention(node: fx.Node) -> bool:
     if operation_name(node) not in ("softmax", "log_softmax") or len(sizes) < _FEWEST or sizes[-1] != sizes[-2]:
         return False
 
-    def reaches(found: fx.Node, following: Callable[[fx.Node], Any], distance: int = _FARTHEST) -> bool:
-        near = [x for x in following(found) if _matrix(x) == _matrix(node) or is_product(x)]
-        return any(is_product(x) or (distance and reaches(x, following, distance - 1)) for x in near)
+    def reaches(following: Callable[[fx.Node], Any]) -> bool:
+        near = seen = {node}
+        for _ in range(_FARTHEST + 1):
+            near = {x for found in near for x in following(found)} - seen
+            if any(is_product(x) for x in near):
+                return True
+            near = {x for x in near if _matrix(x) == _matrix(node)}
+            seen = seen | near
+        return False
 
-    return reaches(node, lambda x: x.all_input_nodes) and reaches(node, lambda x: x.users)
+    return reaches(lambda x: x.all_input_nodes) and reaches(lambda x: x.users)
 
 
 def _behind(node: Any, wanted: Callable[[fx.Node], bool], distance: int = _FARTHEST) -> fx.Node | None:
@@ -195,7 +207,7 @@ def _follow_weights(weights: fx.Node, softmax: fx.Node, path: _Path) -> None:
         if name == "dropout":
             path.dropout_p = _dropout(node, path.dropout_p)
         elif name in _COLUMNS:
-            raise Unclear("its softmax has columns of its own beside the keys (attention sinks)", _SINKS)
+            raise Unclear(*_OWN_COLUMNS)
         elif not _is_plain(node, source):
             raise Unclear(f"its weights are changed by {node.name}")
         path.nodes.append(node)
@@ -211,7 +223,7 @@ def _follow_scores(softmax: fx.Node, path: _Path) -> Scores:
     while not is_product(node):
         name = _name(node)
         if name in _COLUMNS:
-            raise Unclear("its softmax has columns of its own beside the keys (attention sinks)", _SINKS)
+            raise Unclear(*_OWN_COLUMNS)
         source = _source(node)
         if name in _TIMES or name in _OVER:
             factor = _factor(node, source)
