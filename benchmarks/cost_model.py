@@ -87,7 +87,7 @@ def table(rows: list[dict]) -> Table:
 
 def compiled_beside(device: torch.device, shrink: int) -> dict:
     """One layer both ways: as the backend compiles it and as a function, which is what is measured here and by `tune`."""
-    shape, config = bench.LayerShape(length=98_304 // shrink), LighthouseConfig(topk=1536 // shrink)
+    shape, config = bench.LayerShape(length=98_304 // shrink), LighthouseConfig.paper(topk=1536 // shrink)
     compiled = bench.measure_layer(shape, config, device, bandwidth=1.0, dense=False)
     function, memory = bench.measure_function(shape, config, device)
     return {

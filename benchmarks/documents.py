@@ -51,7 +51,7 @@ def lengths(count: int, total: int, first: float = 0.0) -> Tensor:
 def measure(length: int, topk: int, counts: Sequence[int], device: torch.device) -> dict[str, Any]:
     """Milliseconds of a layer, forward plus backward, launched as in training."""
     tokens = bench._inputs(LayerShape(length=length), length, device)
-    options = {"topk": topk, "max_kept": 1.0}
+    options = {"levels": 3, "topk": topk}
     torch.compiler.reset()
     layer = torch.compile(bench._attention, backend="lighthouse", options=options, fullgraph=True)
 

@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         for block in model.model.layers:
             block.compile()
     else:
-        config = LighthouseConfig(levels=3, pooling=4, topk=args.topk)
+        config = LighthouseConfig.paper(topk=args.topk)
         lighthouse_fx.compile(model, config, dense_layers=tuple(args.dense_layers))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=on_gpu, foreach=False if not on_gpu else None

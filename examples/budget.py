@@ -91,7 +91,7 @@ def run(name: str, seed: int, args: argparse.Namespace, text: Text, validation: 
     model = build(args)
     fixed = args.topk[FIXED.index(name) if name in FIXED else 1]
     before = len(lighthouse_fx.reports())
-    lighthouse_fx.compile(model, LighthouseConfig(topk=fixed), dense_layers=(0, -1))
+    lighthouse_fx.compile(model, LighthouseConfig.paper(topk=fixed), dense_layers=(0, -1))
     plan = Plan(
         steps=args.steps,
         lighthouse_steps=max(1, args.steps * 5 // 8),
@@ -138,7 +138,7 @@ def budgets_by_step(budget: BudgetControl | None, fixed: int, plan: Plan, layers
 
 def shares(topk: list[int], length: int) -> list[float]:
     """S/N of each layer."""
-    return [Pyramid(length=length, topk=k).gathered / length for k in topk]
+    return [Pyramid(length=length, levels=3, pooling=4, topk=k).gathered / length for k in topk]
 
 
 def mean_step_seconds(done: Run) -> float:

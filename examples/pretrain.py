@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, RunLog, audit_page
 from lighthouse_fx.loss_monitor import read_reference
+from lighthouse_fx.passes.check import pyramid_over
 from lighthouse_fx.run_file import read_run
 
 # A file or a pipe has no width of its own.
@@ -50,7 +51,7 @@ def flags() -> argparse.Namespace:
     add("--mlp", type=int, help="width of the MLP; by default 1.5 times --width, as in the paper")
     add("--levels", type=int, default=2, help="pyramid levels")
     add("--pooling", type=int, default=4, help="pooling factor between levels")
-    add("--topk", type=int, help="windows expanded per level; by default the recommended ones, half of the tokens")
+    add("--topk", type=int, help="windows expanded per level; by default for half of the tokens")
     add("--scorer", default="norm", help="what ranks windows: norm, dilated or gla")
     add("--dense-layers", type=int, nargs="*", default=[0, -1], help="layers that stay dense; -1 is the last")
     add("--steps", type=int, default=640, help="steps of both stages together")
@@ -71,7 +72,6 @@ def flags() -> argparse.Namespace:
         args.lighthouse_steps = max(1, args.steps // 2)
     if not 1 <= args.lighthouse_steps <= args.steps:
         parser.error(f"--lighthouse-steps {args.lighthouse_steps}: give 1 to --steps, which is {args.steps}")
-    args.topk = args.topk or LighthouseConfig.recommended(args.seq_len, pooling=args.pooling).topk
     args.mlp = args.mlp or args.width * 3 // 2
     args.dtype = args.dtype or ("fp32" if args.device == "cpu" else "bf16")
     args.validate_every = args.validate_every or max(1, args.steps // 8)
@@ -160,7 +160,8 @@ def main() -> int:
     closing = verdicts(runs, plan)
     console.print(*closing, sep="\n")
     wall = time.perf_counter() - started
-    size = f"{parameters / 1e6:.1f}M-parameter byte Llama, {plan.length:,} tokens, top-k {args.topk}"
+    topk = pyramid_over(plan.length, pyramid).topk
+    size = f"{parameters / 1e6:.1f}M-parameter byte Llama, {plan.length:,} tokens, top-k {topk}"
     title = f"{size}: pre-training on Python source, one seed, {device_name(args.device)}"
     save_losses(runs, plan, title, args.out / "loss.png")
     reference = None if args.no_dense else read_reference(args.out / "dense.jsonl")

@@ -38,7 +38,7 @@ from lighthouse_fx import LighthouseConfig, Passkey, lighthouse_attention
 from lighthouse_fx.passkey import find_passkeys
 
 console = Console(width=None if sys.stdout.isatty() else 140)
-Phase = tuple[float, LighthouseConfig | str | None]  # share of all steps; "recommended" for the length; None: dense attention
+Phase = tuple[float, LighthouseConfig | None]  # share of all steps; None: dense attention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Recipe:
 
 
 def two_stages(share: float, **fields: Any) -> tuple[Phase, ...]:
-    return (share, LighthouseConfig(max_kept=1.0, **fields)), (1 - share, None)
+    return (share, LighthouseConfig.paper(max_kept=1.0, **fields)), (1 - share, None)
 
 
 _K1024 = Recipe(phases=two_stages(0.625, topk=1024), about="5/8 of the steps under Lighthouse, k=1,024")
@@ -74,7 +74,7 @@ def wide(share: float, *, topk: int = 2048, pooling: int = 4) -> tuple[Phase, ..
 _WIDE = Recipe(phases=wide(0.625), about="two levels, k=2,048: half of the tokens")
 RECIPES = {
     "dense": Recipe(phases=((1.0, None),), about="dense attention throughout"),
-    "recommended": Recipe(phases=((0.5, "recommended"), (0.5, None)), about="the recommended recipe for the length"),
+    "recommended": Recipe(phases=((0.5, LighthouseConfig()), (0.5, None)), about="the defaults: half of tokens and steps"),
     "k1024": _K1024,
     "k256": replace(_K1024, phases=two_stages(0.625, topk=256), about="the same with k=256"),
     "k1024-rescaled": replace(_K1024, rescale=True, about="k1024, output projections rescaled at the switch"),
@@ -109,14 +109,14 @@ RECIPES = {
     "k1024-alternate": replace(_K1024, dense_layers=(0, 2, 5, 7), about="k1024, every second layer dense"),
     "k1024-dense-first": replace(
         _K1024,
-        phases=((0.2, None), (0.425, LighthouseConfig(topk=1024, max_kept=1.0)), (0.375, None)),
+        phases=((0.2, None), (0.425, LighthouseConfig.paper(topk=1024, max_kept=1.0)), (0.375, None)),
         about="a fifth of the steps dense, then as k1024",
     ),
     "growing-k": replace(
         _K1024,
         phases=(
-            (0.25, LighthouseConfig(topk=256)),
-            (0.375, LighthouseConfig(topk=1024, max_kept=1.0)),
+            (0.25, LighthouseConfig.paper(topk=256)),
+            (0.375, LighthouseConfig.paper(topk=1024, max_kept=1.0)),
             (0.375, None),
         ),
         about="k=256 for a quarter of the steps, then 1,024",
@@ -159,8 +159,6 @@ def boundaries(recipe: Recipe, args: argparse.Namespace) -> list[tuple[int, Ligh
     ends, done = [], 0.0
     for share, config in recipe.phases:
         done += share
-        if isinstance(config, str):
-            config = LighthouseConfig.recommended(args.seq_len)
         ends.append((round(done * args.steps), config))
     return ends
 

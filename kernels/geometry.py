@@ -25,6 +25,30 @@ def default_quota(topk: int) -> int:
     return min(sorted(divisors), key=lambda d: max(d / _USUAL_QUOTA, _USUAL_QUOTA / d))
 
 
+def tokens_of_tile(quota: int, *, levels: int, pooling: int) -> int:
+    """The tokens of which a tile that expands `quota` windows per level expands half: `2 p (L - 1)` for each window."""
+    return 2 * pooling * max(1, levels - 1) * quota
+
+
+def half_of(length: int, *, levels: int, pooling: int, quota: int | None = None) -> tuple[int, int]:
+    """`topk` and `quota` by which half of a sequence is expanded, over all levels, in whole tiles.
+
+    The quota is 128 unless one is given, and of a sequence that is too short for that the largest power of two that it has
+    tokens for. Where the length is a `torch.SymInt` so is `topk`, and the quota an `int`: what decides it becomes a guard.
+    """
+
+    def too_short(quota: int) -> bool:
+        return length < tokens_of_tile(quota, levels=levels, pooling=pooling)
+
+    if quota is None:
+        quota = _USUAL_QUOTA
+        while quota > 1 and too_short(quota):
+            quota //= 2
+    if too_short(quota):
+        return quota, quota
+    return length // tokens_of_tile(quota, levels=levels, pooling=pooling) * quota, quota
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pyramid:
     """The shape of one pyramid over `length` tokens.
@@ -39,9 +63,9 @@ class Pyramid:
     """
 
     length: int
-    levels: int = 3
-    pooling: int = 4
-    topk: int = 1536
+    levels: int
+    pooling: int
+    topk: int
     quota: int | None = None
     keep_first: bool = True
 

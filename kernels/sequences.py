@@ -178,8 +178,8 @@ def attend_in_sequences_backward(
     told = _plan(bool(longest), known, batch, groups, length, levels, pooling, topk, quota, most)
     apart = Longest(*longest) if told.apart else None
     bounds = (apart.bounds if apart else bounds)[: told.sequences + 1]
-    rest = grad.masked_fill(apart.own, 0) if apart else grad
-    grads = flash_backward(rest.contiguous(), query, key, value, out, sums[0], bounds, told.longest, scale)
+    # The gradients of rows that cuDNN attends to are nonsense here, keep to themselves, and are written over below.
+    grads = flash_backward(grad.contiguous(), query, key, value, out, sums[0], bounds, told.longest, scale)
     if apart:
         heads, rows = batch * groups, told.apart
         g, q, k, v, own = (apart.taken(x, heads, rows) for x in (grad, query, key, value, out))

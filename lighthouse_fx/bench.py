@@ -120,7 +120,7 @@ def measure_layer(
             launched_dense = dense_times if long else _times(_attention, tokens, device, captured=False)
     return LayerTimes(
         shape=shape,
-        topk=config.topk,
+        topk=pyramid_over(shape.length, config).topk,
         gathered=gathered,
         layer=layer,
         launched=launched,
@@ -136,9 +136,9 @@ def check_gathers(length: int, config: LighthouseConfig, max_kept: float = 1.0) 
     """Raise a ValueError where a layer of so many tokens would stay dense."""
     pyramid = pyramid_over(length, config)
     if pyramid.coarse == 0 or pyramid.gathered > max_kept * length:
-        advice = LighthouseConfig.recommended(length)
+        advice = pyramid_over(length, LighthouseConfig())
         raise ValueError(
-            f"levels={config.levels}, pooling={config.pooling}, topk={config.topk} gather {pyramid.gathered:,} of {length:,} "
+            f"levels={config.levels}, pooling={config.pooling}, topk={pyramid.topk} gather {pyramid.gathered:,} of {length:,} "
             f"tokens, so attention stays dense: give fewer, such as levels={advice.levels}, topk={advice.topk}"
         )
 

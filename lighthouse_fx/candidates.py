@@ -15,7 +15,7 @@ from .config import LighthouseConfig
 from .cost import Card, Cost, predict
 from .passes.check import pyramid_over
 
-START = LighthouseConfig(levels=3, pooling=4)
+START = LighthouseConfig(levels=3, pooling=4, max_kept=0.75)
 _LEVELS = (3, 2, 4)
 _POOLINGS = (4, 2, 8)
 _TOKENS_PER_WINDOW = 64  # topk of the start: the paper's 1536 at 98,304 tokens

@@ -45,12 +45,13 @@ def add_parser(commands: Any) -> None:
         ),
         examples="""
 lighthouse bench --lengths 98304 --heads 32 --groups 8
+lighthouse bench --levels 2 --lengths 16384 98304
 lighthouse bench --json layer.json --picture layer.png
 lighthouse bench --lengths 1024 --topk 32 --dtype float32 --device cpu
 """,
     )
     parser.add_argument("--lengths", type=at_least_one, nargs="+", metavar="N", help="tokens; default: ten lengths, 4K to 1M")
-    add_pyramid(parser, topk=None, topk_default="by length, as published")
+    add_pyramid(parser, topk=None, topk_default="by length, as published; with other levels or pooling, half of the tokens")
     add_layer(parser)
     parser.add_argument(
         "--dense-up-to", type=int, default=524_288, metavar="N", help="no dense attention beyond; default: 524288"
@@ -65,13 +66,14 @@ def run(options: argparse.Namespace) -> int:
     """`lighthouse bench`: measure, print the table, write what was asked for."""
     device = torch.device(options.device)
     usual = dict(_USUAL)  # another length takes the k of the nearest one
+    published = (options.levels, options.pooling) == (3, 4)
     lengths = options.lengths or list(usual)
     shapes = [layer_of(options, n) for n in lengths]
     configs = [
         LighthouseConfig(
             levels=options.levels,
             pooling=options.pooling,
-            topk=options.topk or usual[min(usual, key=lambda known, n=n: abs(known - n))],  # type: ignore[misc]
+            topk=options.topk or (usual[min(usual, key=lambda known, n=n: abs(known - n))] if published else None),  # type: ignore[misc]
         )
         for n in lengths
     ]

@@ -19,7 +19,6 @@ from .command_options import (
     console,
     is_function,
 )
-from .config import LighthouseConfig
 from .extras import transformers
 from .report import Report
 from .tracing import explain
@@ -36,7 +35,7 @@ def add_parser(commands: Any) -> None:
         description=(
             "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: "
             "rewritten, or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed. "
-            "A transformers model is looked at with the recommended configuration for its length, unless one is given. "
+            ""
             "The exit status is 1 where nothing would be rewritten."
         ),
         examples="""
@@ -82,4 +81,4 @@ def _of_transformers(options: argparse.Namespace, config: Any) -> Report:
     with torch.device("meta"):  # shapes are all that a trace needs: no memory for the weights
         model: nn.Module = library.AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
         ids = torch.zeros(1, options.length, dtype=torch.long)
-    return explain(model.train(), ids, config=config or LighthouseConfig.recommended(options.length))
+    return explain(model.train(), ids, config=config)

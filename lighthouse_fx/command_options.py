@@ -37,10 +37,10 @@ def add_command(commands: Any, name: str, *, summary: str, description: str, exa
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """The options that make up a `LighthouseConfig`; what is not given is the model's own, or the default."""
-    group = parser.add_argument_group("Lighthouse attention; default: as compiled, or as recommended for N")
+    group = parser.add_argument_group("Lighthouse attention; default: as compiled, or LighthouseConfig()")
     group.add_argument("--levels", type=int, metavar="L", help="levels of the pyramid; 1 is dense attention")
     group.add_argument("--pooling", type=int, metavar="P", help="windows of one level in a window of the next")
-    group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level, over the whole sequence")
+    group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level; default: for half of the sequence")
     group.add_argument("--scorer", choices=SCORERS, help="what ranks windows")
     group.add_argument("--max-kept", type=float, metavar="SHARE", help="dense where more of the tokens would be gathered")
     group.add_argument(

@@ -5,14 +5,13 @@ A leaf of the package: it imports nothing of it, so passes may use it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 SCORERS = ("norm", "dilated", "gla")
 KERNELS = ("auto", "cudnn", "flash", "efficient", "math", "flash-attn-4", "flash-attn")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
-_ROUND = 16  # a topk that it divides has a divisor near 128 for its quota
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +21,10 @@ class LighthouseConfig:
     Args:
         levels: pyramid levels `L >= 1`; level 0 is the tokens, so `levels=1` is dense attention.
         pooling: pooling factor `p >= 2` between levels.
-        topk: windows expanded per level over the whole sequence, `k >= 1`.
-        quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128.
+        topk: windows expanded per level over the whole sequence, `k >= 1`; None: it follows the length, so that half of the
+            sequence is expanded, `k = N / (2 p (L - 1))` in whole tiles.
+        quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128, and of a topk that
+            follows the length 128, fewer where the sequence is too short for that.
         keep_first: always expand window 0, so that no token is left without output.
         scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
             attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
@@ -38,20 +39,23 @@ class LighthouseConfig:
         assume_causal: take an explicit mask that is not proved to be causal, nor to be anything else, for causal; the
             compiled model checks the mask in every step, and raises where it is another.
 
+    The defaults, two levels and half of the tokens, are what ended at the loss of dense training or below in most of our own runs
+    (docs/evidence.md). `LighthouseConfig.paper()` keeps far less of a long sequence and is far faster.
+
     Source: SPEC.md, "Names" and "The four stages".
 
     Raises:
         ValueError, TypeError: naming the argument, its value and the remedy.
     """
 
-    levels: int = 3
+    levels: int = 2
     pooling: int = 4
-    topk: int = 1536
+    topk: int | None = None
     quota: int | None = None
     keep_first: bool = True
     scorer: str = "norm"
     dilation: int = 64
-    max_kept: float = 0.75
+    max_kept: float = 0.8  # what the defaults gather, three quarters and the tail, is just below
     kernel: str = "auto"
     max_documents: int = 256
     dense_layers: tuple[int | str, ...] = ()
@@ -60,7 +64,7 @@ class LighthouseConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
         check_fields({field.name: getattr(self, field.name) for field in fields(self)})
-        if self.quota is not None and self.topk % self.quota:
+        if self.quota is not None and self.topk is not None and self.topk % self.quota:
             raise ValueError(
                 f"quota={self.quota} does not divide topk={self.topk}: give a divisor of topk, or None to have one chosen"
             )
@@ -71,26 +75,20 @@ class LighthouseConfig:
             )
 
     @classmethod
-    def recommended(cls, length: int, **fields: Any) -> LighthouseConfig:
-        """Two levels and half of the tokens: what came out at the loss of dense training in our own runs (docs/evidence.md).
+    def paper(cls, **fields: Any) -> LighthouseConfig:
+        """The paper's pyramid over 98,304 tokens, three levels and `topk=1536`, which keeps 19% of them.
 
-        The paper's pyramid, which is `LighthouseConfig()`, keeps far less of a long sequence and is far faster; in runs as
-        small as ours it ended above dense training.
+        Below some 17,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
+        ended above dense training (docs/evidence.md).
 
         Args:
-            length: tokens `N` of a sequence; `topk` is about `N / (2 * pooling)`, so `S` about `N / pooling + N / 2`.
-            fields: any others, or another `pooling`.
+            fields: any others, or another `topk`.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         check_fields(fields)
-        _integer_from(1, "length=16_384, the tokens of a sequence")("length", length)
-        pooling = fields.get("pooling", 4)
-        topk = max(1, length // (2 * pooling))
-        topk -= topk % _ROUND if topk > _ROUND else 0
-        # Three quarters of N and its tail are gathered, so max_kept is a little more.
-        return cls(**{"levels": 2, "pooling": pooling, "topk": topk, "max_kept": 0.8} | fields)
+        return cls(**{"levels": 3, "pooling": 4, "topk": 1536} | fields)
 
 
 def config_field_names() -> tuple[str, ...]:
@@ -118,7 +116,7 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, set, frozenset, range)) else value
 
 
-def _integer_from(least: int, advice: str) -> Any:
+def _integer_from(least: int, advice: str) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer, such as {advice}")
@@ -128,9 +126,8 @@ def _integer_from(least: int, advice: str) -> Any:
     return check
 
 
-def _optional_quota(name: str, value: Any) -> None:
-    if value is not None:
-        _integer_from(1, "quota=128, or None to have a divisor of topk chosen")(name, value)
+def _optional(check: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def _boolean(name: str, value: Any) -> None:
@@ -166,8 +163,8 @@ def _layers(name: str, value: Any) -> None:
 _CHECKS = {
     "levels": _integer_from(1, "levels=3"),
     "pooling": _integer_from(2, "pooling=4"),
-    "topk": _integer_from(1, "topk=1536"),
-    "quota": _optional_quota,
+    "topk": _optional(_integer_from(1, "topk=1536, or None to have it follow the length")),
+    "quota": _optional(_integer_from(1, "quota=128, or None to have it chosen")),
     "keep_first": _boolean,
     "scorer": _scorer,
     "dilation": _integer_from(1, "dilation=64"),

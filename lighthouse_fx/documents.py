@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from . import dynamo, stage
 from .config import LighthouseConfig
+from .kernels import Pyramid
 from .kernels.documents import crowded_out, in_sequences, starts_of
 from .kernels.known_documents import summary, too_many
 from .passes.call import CALLS, DOCUMENTS, KNOWN, PACKED
@@ -94,7 +95,10 @@ class Documents:
 
         Tokens below them are attended to by nobody and may be left without attention output: choose a larger topk.
         """
-        return int(crowded_out(self.starts, pyramid_over(self.starts.shape[1], config)).sum())
+        return int(crowded_out(self.starts, self._pyramid(config)).sum())
+
+    def _pyramid(self, config: LighthouseConfig) -> Pyramid:
+        return pyramid_over(self.starts.shape[1], config)
 
     def check(self, config: LighthouseConfig) -> None:
         """Warn, once, of windows that are crowded out."""
@@ -102,8 +106,9 @@ class Documents:
             return
         self._checked.add(config)
         if missing := self.crowded_out(config):
+            topk = self._pyramid(config).topk
             warnings.warn(
-                f"documents(): {missing} windows at borders of documents are more than topk={config.topk} expands in their "
+                f"documents(): {missing} windows at borders of documents are more than topk={topk} expands in their "
                 "tiles; tokens below them are not attended to and may get no attention output: use a larger topk or fewer, "
                 "longer documents",
                 stacklevel=2,

@@ -29,6 +29,7 @@ from .kernels.torch_private import without_modes
 from .observed import ObservedCall, Observer
 from .passes import CALLS, PIPELINE, AttentionCall, Refusal
 from .passes.call import NO_GRADIENTS
+from .passes.check import pyramid_over
 from .passes.flash_functions import find_flash_functions
 from .passes.masks import prove_masks
 from .passes.regions import regions
@@ -146,8 +147,9 @@ class FunctionalGraphs:
                 )
             )  # fmt: skip
             q, k = (x.detach() if raw is None else raw for x, raw in zip((query, key), scored, strict=True))
+            pyramid = pyramid_over(query.shape[2], config)
             entries, slots = select(
-                q, k, value.detach(), config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first,
+                q, k, value.detach(), config.levels, config.pooling, pyramid.topk, pyramid.quota or 0, config.keep_first,
                 config.scorer, config.dilation, is_causal, scale, REVISION, starts,
             )  # fmt: skip
             noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)

@@ -50,7 +50,7 @@ def validate(
         model: compiled or not; from token numbers `[B, N]` it gives logits `[B, N, V]`, as a tensor, in `.logits` or first.
         data: token numbers, `[windows, N + 1]`, or batches `[B, N + 1]` of one length. Take several windows: what is
             concluded rests on how much they differ.
-        config: the Lighthouse attention; by default as the model is compiled, otherwise the recommended one for N tokens.
+        config: the Lighthouse attention; by default as the model is compiled, otherwise `LighthouseConfig()`.
         passkey: look for passkeys, too: `Passkey(lengths=(4096, 16384), encode=tokenizer.encode)`.
         batch: windows at once, where data is a tensor.
         check_inference: run the compiled model once; a model that is not compiled with this backend is for this.
@@ -76,8 +76,6 @@ def validate(
     batches = [rows.to(device) for rows in batches]
     length = batches[0].shape[1] - 1
     half, quarter = length // 2, max(1, length // 4)
-    if config is None and not setting_of(model).compiled:
-        config = LighthouseConfig.recommended(length)
     lighthouse = AsTrained(model, config)
     dense: list[Tensor] = []  # [B, N] each, as are the others
     approximate: list[Tensor] = []

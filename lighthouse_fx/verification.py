@@ -331,7 +331,7 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
         out = F.scaled_dot_product_attention(q, k, v, is_causal=b.is_causal, scale=b.scale, enable_gqa=True)
     else:
         out = attention_in_documents(
-            q, k, v, entries, starts, config.levels, config.pooling, config.topk, config.quota or 0, 0.0, b.scale, True,
+            q, k, v, entries, starts, config.levels, config.pooling, pyramid.topk, pyramid.quota or 0, 0.0, b.scale, True,
             config.max_documents, config.kernel,
         )  # fmt: skip
     out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)

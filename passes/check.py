@@ -17,6 +17,7 @@ from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import Pyramid
 from ..kernels.documents import document_problem
+from ..kernels.geometry import half_of
 from ..kernels.shapes import shape_problem, tensor_problem
 from .call import (
     CALLS,
@@ -67,22 +68,13 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     return gm
 
 
-def pyramid_of(call: AttentionCall, config: LighthouseConfig) -> Pyramid:
-    """The pyramid over a call's tokens."""
-    query = fake(call.query)
-    assert query is not None, "checked before"
-    return pyramid_over(query.shape[2], config)
-
-
 def pyramid_over(length: int, config: LighthouseConfig) -> Pyramid:
     """The pyramid that a configuration means over so many tokens."""
+    levels, pooling, topk, quota = config.levels, config.pooling, config.topk, config.quota
+    if topk is None:
+        topk, quota = half_of(length, levels=levels, pooling=pooling, quota=quota)
     return Pyramid(
-        length=length,
-        levels=config.levels,
-        pooling=config.pooling,
-        topk=config.topk,
-        quota=config.quota,
-        keep_first=config.keep_first,
+        length=length, levels=levels, pooling=pooling, topk=topk, quota=quota, keep_first=config.keep_first
     )
 
 
@@ -275,9 +267,11 @@ def _in_functorch(node: fx.Node) -> bool:
 
 
 def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -> AttentionCall:
-    pyramid = pyramid_of(call, config)
-    if isinstance(pyramid.length, torch.SymInt) and not guard:
+    query = fake(call.query)
+    assert query is not None, "checked before"
+    if isinstance(query.shape[2], torch.SymInt) and not guard:
         return call
+    pyramid = pyramid_over(query.shape[2], config)
     length, gathered = pyramid.length, pyramid.gathered
     call = replace(call, gathered=gathered)
     # With dynamic shapes these comparisons become guards: crossing the boundary compiles once more.
@@ -293,4 +287,10 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
             f"not worth it: {gathered} of {length} tokens{share} would be gathered, more than max_kept={config.max_kept}",
             "use a smaller topk, or raise max_kept",
         )
+    # How many heads there are, and how wide, is the model's business. Where dynamic=True makes symbols of them, each becomes a
+    # guard: Inductor (torch 2.11) fails on strides that hang on them.
+    for x in (fake(call.query), fake(call.key), fake(call.value)):
+        assert x is not None, "checked before"
+        for dim in (1, 3):
+            int(x.shape[dim])
     return call

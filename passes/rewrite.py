@@ -40,10 +40,11 @@ from torch import fx
 from lighthouse_fx.config import LighthouseConfig
 
 from ..kernels import REVISION
+from ..kernels.geometry import tokens_of_tile
 from ..kernels.inner import has_choice, require_package, resolved
 from ..kernels.scorers import require_fla
 from .call import CALLS, DOCUMENTS, KNOWN, AttentionCall, fake
-from .check import pyramid_of
+from .check import pyramid_over
 from .find import is_attention
 from .regions import Region, brought
 
@@ -113,7 +114,7 @@ def _rewrite(
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
     if call.kept_inside:
         config = replace(config, levels=1)  # all tokens are entries
-    pyramid = pyramid_of(call, config)
+    pyramid = pyramid_over(fakes[q].shape[2], config)
     batch, groups = fakes[k].shape[:2]
 
     def add(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, op: str) -> fx.Node:
@@ -137,6 +138,11 @@ def _rewrite(
         length = pyramid.length
         if isinstance(length, torch.SymInt):
             length = add("size", (q, 2), {}, length, "call_method")
+        topk: Any = pyramid.topk
+        if isinstance(topk, torch.SymInt):  # a topk that follows the length: whole tiles of it
+            of_tile = tokens_of_tile(pyramid.quota_, levels=levels, pooling=pooling)
+            tiles = function(operator.floordiv, length, of_tile, value=pyramid.tiles)
+            topk = function(operator.mul, tiles, pyramid.quota_, value=topk)
         index_tensors = (
             empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
             empty(k, batch, groups, pyramid.size, dtype=torch.int32),
@@ -163,7 +169,7 @@ def _rewrite(
         else:
             selection = function(
                 _OPS.select.default,
-                call.score_query or q, call.score_key or k, v, levels, pooling, config.topk, config.quota or 0,
+                call.score_query or q, call.score_key or k, v, levels, pooling, topk, pyramid.quota or 0,
                 config.keep_first, call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
                 value=index_tensors,
             )  # fmt: skip
@@ -197,7 +203,7 @@ def _rewrite(
         if starts:
             inner = function(
                 _OPS.attention_in_documents.default,
-                *gathered, entries, *starts, levels, pooling, config.topk, config.quota or 0,
+                *gathered, entries, *starts, levels, pooling, topk, pyramid.quota or 0,
                 call.dropout_p, call.scale, call.enable_gqa,
                 most, resolved(out.device, config.kernel), known if call.documents is documents else None,
                 value=attended,

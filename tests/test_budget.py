@@ -93,19 +93,19 @@ def test_entropy_is_the_definition(levels, pooling, length):
     q, k = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
     q[:, :2] *= torch.rand(length, 1) ** 4  # the first group's queries are more decided
     scores = [x.norm(dim=-1).unflatten(1, (2, -1)).amax(2) for x in (q, k)]
-    found = head_entropies(*scores, Pyramid(length=length, levels=levels, pooling=pooling)).tolist()
+    found = head_entropies(*scores, Pyramid(length=length, levels=levels, pooling=pooling, topk=1)).tolist()
     assert found == pytest.approx(brute_entropies(q, k, levels, pooling), abs=1e-6)
     assert found[0] < found[1] < 1
 
 
 def test_entropy_is_1_for_equal_scores_and_0_for_a_single_one():
-    pyramid = Pyramid(length=64, levels=3, pooling=2)
+    pyramid = Pyramid(length=64, levels=3, pooling=2, topk=1)
     equal, single = torch.full((2, 3, 64), 7.0), torch.zeros(2, 3, 64)
     single[..., 5] = 2.0
     assert head_entropies(equal, equal, pyramid).tolist() == pytest.approx([1] * 3)
     assert head_entropies(single, single, pyramid).tolist() == pytest.approx([0] * 3)
     # Once the token's level has a single window, that level says nothing.
-    assert head_entropies(single[..., :4], equal[..., :4], Pyramid(length=4, levels=3, pooling=2)).isnan().all()
+    assert head_entropies(single[..., :4], equal[..., :4], Pyramid(length=4, levels=3, pooling=2, topk=1)).isnan().all()
     assert head_entropies(single, torch.full_like(single, torch.inf), pyramid).isnan().all()
     lowest = equal.index_fill(-1, torch.tensor([9]), torch.nan)
     assert head_entropies(lowest, equal, pyramid).tolist() == pytest.approx([1] * 3)  # its window has other tokens

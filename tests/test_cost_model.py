@@ -35,7 +35,7 @@ ANOTHER_DAY = {
 def errors(row, card=H100):
     """How far off the model is in what was measured of a layer, as shares."""
     shape = LayerShape(**row["shape"])
-    cost = predict(shape, LighthouseConfig(topk=row["topk"]), card)
+    cost = predict(shape, LighthouseConfig.paper(topk=row["topk"]), card)
     found = {"layer": cost.milliseconds / row["layer"][1] - 1}
     found["attention on S"] = predict_dense(replace(shape, length=row["gathered"]), card) / row["inner"][1] - 1
     if row["dense"]:
@@ -51,7 +51,7 @@ def row_name(row):
 def test_what_was_measured(row):
     assert max(map(abs, errors(row).values())) < (0.05 if row in FITTED else 0.061)
     shape = LayerShape(**row["shape"])
-    assert predict(shape, LighthouseConfig(topk=row["topk"]), H100).memory == pytest.approx(row["memory"], rel=0.01)
+    assert predict(shape, LighthouseConfig.paper(topk=row["topk"]), H100).memory == pytest.approx(row["memory"], rel=0.01)
 
 
 @pytest.mark.parametrize("row", rows("cost_model"), ids=row_name)

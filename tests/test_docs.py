@@ -287,7 +287,7 @@ def reason(mask=None, tokens=64, **options):
 
 def test_reasons_are_given_as_troubleshooting_quotes_them():
     assert shown("not worth it", reason(topk=64))
-    assert shown("... tokens are fewer", reason(tokens=8))
+    assert shown("... tokens are fewer", reason(tokens=8, levels=3))
     assert shown("explicit attn_mask", reason(mask=torch.ones(64, 64).tril().bool(), topk=2))
     with torch.no_grad():
         assert shown("gradients are off", reason(topk=2))

@@ -249,7 +249,7 @@ def test_gpu_computes_what_the_mask_says(monkeypatch, levels, heads, dim, kernel
     starts = starts_of((3500, 596), (200, 3000, 896), (4095, 1), (64,) * 64)
     q = torch.randn(4, heads, length, dim)
     k, v = torch.randn(2, 4, 2, length, dim).unbind()
-    pyramid = Pyramid(length=length, levels=levels, topk=256)
+    pyramid = Pyramid(length=length, levels=levels, pooling=4, topk=256)
     entries = torch.arange(length, dtype=torch.int32).expand(4, 2, length)
     if levels > 1:
         entries, _ = OPS.select(q, k, v, levels, 4, 256, 0, True, "norm", 64, True, None, REVISION, starts)
@@ -285,7 +285,7 @@ def relative(x, y):
 def test_gpu_graph_serves_any_number_of_documents(monkeypatch, options):
     """Also where launches are recorded: those of attention inside documents must not be."""
     monkeypatch.setattr(known_documents, "_MOST_OF_ITS_ROW", 0.3)
-    config = LighthouseConfig(topk=256, max_kept=1.0)
+    config = LighthouseConfig.paper(topk=256)
 
     def attend(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -294,7 +294,7 @@ def test_gpu_graph_serves_any_number_of_documents(monkeypatch, options):
         out = call(*tensors)
         return out.detach().clone(), *(x.clone() for x in torch.autograd.grad(out, tensors, torch.ones_like(out)))
 
-    run = torch.compile(attend, backend="lighthouse", options={"topk": 256, "max_kept": 1.0, **options}, fullgraph=True)
+    run = torch.compile(attend, backend="lighthouse", options={"levels": 3, "topk": 256, **options}, fullgraph=True)
     tensors = [torch.randn(1, 4, 4096, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     before = len(lighthouse_fx.reports())
     rows = [(3000, 1096), (64,) * 64, (200, 3800, 96), (1024,) * 4]
@@ -316,7 +316,7 @@ def test_gpu_graph_serves_any_number_of_documents(monkeypatch, options):
 @pytest.mark.gpu
 def test_gpu_takes_dropout_inside_documents():
     q, k, v = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    config = LighthouseConfig(topk=128)
+    config = LighthouseConfig.paper(topk=128)
     out = lighthouse_attention(q, k, v, is_causal=True, documents=numbered(1500, 548), dropout_p=0.5, config=config)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert all(x.isfinite().all() for x in (out, *grads))

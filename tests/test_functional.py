@@ -246,7 +246,7 @@ def test_strided_inputs(dtype):
 
 def test_default_configuration():
     q, k, v = qkv((1, 2, 1, 100, 4, 4))
-    assert LighthouseConfig() == LighthouseConfig(levels=3, pooling=4, topk=1536, keep_first=True, scorer="norm")
+    assert LighthouseConfig() == LighthouseConfig(levels=2, pooling=4, topk=None, keep_first=True, scorer="norm")
     out = lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True)
     explicit = lighthouse_attention(q, k, v, is_causal=True, enable_gqa=True, config=LighthouseConfig())
     assert torch.equal(out, explicit)

@@ -82,7 +82,7 @@ def test_no_selection_has_more_than_the_kernels_are_told(small, cuts, pooling, l
 
 def test_the_bound_is_close_where_quotas_fill():
     """At the paper's size: a document has about as large a share of the entries as of the tokens."""
-    pyramid = Pyramid(length=98_304)
+    pyramid = Pyramid(length=98_304, levels=3, pooling=4, topk=1536)
     for share in (0.1, 0.3, 0.5, 0.9, 1.0):
         tokens = round(share * pyramid.length)
         for first in (0, (pyramid.length - tokens) // 2, pyramid.length - tokens):
@@ -91,13 +91,13 @@ def test_the_bound_is_close_where_quotas_fill():
 
 
 def planned(*lengths, cudnn=True, **fields):
-    pyramid = Pyramid(length=sum(lengths), **fields)
+    pyramid = Pyramid(**{"length": sum(lengths), "levels": 3, "pooling": 4, "topk": 1536} | fields)
     known = known_documents.summary(starts_of(lengths))
     return known_documents.plan(known, pyramid, batch=1, groups=8, most=256, cudnn=cudnn)
 
 
 def test_documents_across_tiles_have_more_entries_than_one_that_is_a_tile():
-    pyramid, generator = Pyramid(length=16_384, topk=1024), torch.Generator().manual_seed(0)
+    pyramid, generator = Pyramid(length=16_384, levels=3, pooling=4, topk=1024), torch.Generator().manual_seed(0)
     starts = starts_of((2048, 300, *[2048] * 6, 1748))
     q, k = torch.randn(2, 1, 2, 16_384, 4, generator=generator).unbind()
     entries, _ = OPS.select(q, k, k, 3, 4, 1024, 0, True, "norm", 64, True, None, REVISION, starts)
@@ -139,7 +139,7 @@ def test_where_only_the_gpu_knows_it_is_the_most_there_can_be():
 
 
 def test_more_documents_than_the_configuration_allows():
-    pyramid = Pyramid(length=9, levels=1, topk=8)
+    pyramid = Pyramid(length=9, levels=1, pooling=4, topk=8)
     known = known_documents.summary(starts_of((1,) * 9))
     with pytest.raises(ValueError, match=r"9 documents in a row: there are more than max_documents=8.*larger max_documents"):
         known_documents.plan(known, pyramid, batch=1, groups=1, most=8, cudnn=False)

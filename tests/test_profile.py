@@ -238,7 +238,7 @@ def test_a_llama_with_dense_layers():
 @pytest.mark.slow
 def test_a_layer_on_a_gpu():
     shape = LayerShape(length=16_384)
-    step = layer_step(shape, LighthouseConfig(topk=1024), torch.device("cuda"))
+    step = layer_step(shape, LighthouseConfig.paper(topk=1024), torch.device("cuda"))
     found = profile(step, steps=3)
     once = {"attention on S", "attention on S backward", "selection", "scatter", "scatter backward"}
     after = calls(found.lighthouse)
@@ -261,6 +261,6 @@ def test_another_scorer_is_refused(make):
 
 def test_a_layer_is_refused_where_it_would_stay_dense():
     shape = LayerShape(length=8, heads=1, groups=1, dim=8, dtype="float32")
-    step = layer_step(shape, LighthouseConfig(), torch.device("cpu"))
+    step = layer_step(shape, LighthouseConfig(topk=8), torch.device("cpu"))
     with pytest.raises(RuntimeError, match="no Lighthouse attention"):
         profile(step, device="cpu", card=CARD, steps=1)

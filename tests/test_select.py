@@ -168,7 +168,7 @@ def test_keep_first_expands_window_zero_at_every_level():
 )
 def test_default_quota(topk, quota):
     assert brute_force.usual_quota(topk) == quota
-    assert Pyramid(length=1, topk=topk).quota_ == quota
+    assert Pyramid(length=1, levels=3, pooling=4, topk=topk).quota_ == quota
 
 
 @pytest.mark.parametrize(

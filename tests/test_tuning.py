@@ -256,7 +256,7 @@ def test_out_of_memory_is_a_failure_of_the_candidate(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_the_function_takes_what_the_compiled_layer_takes():
-    shape, config, device = LayerShape(length=65_536), LighthouseConfig(topk=1024), torch.device("cuda")
+    shape, config, device = LayerShape(length=65_536), LighthouseConfig.paper(topk=1024), torch.device("cuda")
     compiled = bench.measure_layer(shape, config, device, bandwidth=3e12, dense=False)
     milliseconds, memory = bench.measure_function(shape, config, device)
     assert milliseconds == pytest.approx(compiled.layer[1], rel=0.1)

@@ -144,16 +144,16 @@ def test_batches_may_come_one_by_one():
 
 
 def test_where_nothing_is_rewritten_there_is_no_lighthouse_loss():
-    found = validate(Language(), tokens(), config=LighthouseConfig(), check_inference=False)  # k = 1536
+    found = validate(Language(), tokens(), config=LighthouseConfig.paper(), check_inference=False)
     assert found.lighthouse_loss is None and found.gap is None and all(at.lighthouse is None for at in found.positions)
     (finding,) = [finding for finding in found.findings if "trained" in finding.question]
     assert finding.answer == "no" and "no better than guessing, 5.5452" in finding.text
     assert "not worth it" in replace(found, dense_loss=1.0).findings[0].text
 
 
-def test_without_a_configuration_it_is_the_recommended_one_for_the_length():
+def test_without_a_configuration_it_is_the_default():
     found = validate(Language(), tokens(), check_inference=False)
-    assert found.config == LighthouseConfig.recommended(N) and found.lighthouse_loss is not None
+    assert found.config == LighthouseConfig() and found.lighthouse_loss is not None
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

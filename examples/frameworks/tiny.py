@@ -11,7 +11,7 @@ from lighthouse_fx import LighthouseConfig
 
 STEPS = 6
 TOKENS = 64
-PYRAMID = LighthouseConfig(levels=3, pooling=2, topk=8)  # for 64 tokens; at 98,304 it is LighthouseConfig()
+PYRAMID = LighthouseConfig(levels=3, pooling=2, topk=8)  # small, for 64 tokens; LighthouseConfig() fits any length
 
 
 def llama(layers: int = 3) -> LlamaForCausalLM:

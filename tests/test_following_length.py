@@ -1,0 +1,131 @@
+"""`topk=None`, the default: half of the sequence is expanded, whatever its length, static or dynamic, in one graph."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import causal, passes_only
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lighthouse_fx
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.passes.check import pyramid_over
+
+
+@given(
+    length=st.integers(1, 200_000),
+    levels=st.integers(2, 5),
+    pooling=st.integers(2, 9),
+    quota=st.sampled_from([None, 1, 7, 128]),
+)
+@settings(deadline=None)
+def test_half_of_the_tokens_in_whole_tiles(length, levels, pooling, quota):
+    pyramid = pyramid_over(length, LighthouseConfig(levels=levels, pooling=pooling, quota=quota))
+    expanded = (levels - 1) * pooling * pyramid.topk  # entries below the coarsest level, where all tiles are full
+    of_tile = 2 * (levels - 1) * pooling * pyramid.quota_  # tokens
+    assert pyramid.topk == pyramid.tiles * pyramid.quota_ and pyramid.quota_ in ([quota] if quota else [2**i for i in range(8)])
+    if length < of_tile:
+        assert pyramid.tiles == 1 and (quota or pyramid.quota_ == 1)
+    else:
+        assert length / 4 < expanded <= length / 2 and length // of_tile == pyramid.tiles
+        assert pyramid.gathered <= pyramid.coarse + (length - pyramid.covered) + expanded
+        if quota is None and pyramid.quota_ < 128:
+            assert length < 2 * of_tile, "a larger quota would fit"
+
+
+@pytest.mark.parametrize(("length", "topk", "gathered"), [(2048, 256, 1536), (16_384, 2048, 12_288), (98_304, 12_288, 73_728)])
+def test_the_lengths_of_the_evidence(length, topk, gathered):
+    """What the published runs had (docs/evidence.md)."""
+    pyramid = pyramid_over(length, LighthouseConfig())
+    assert (pyramid.levels, pyramid.pooling, pyramid.topk, pyramid.quota_, pyramid.gathered) == (2, 4, topk, 128, gathered)
+
+
+@pytest.mark.parametrize("length", [24, 63, 100, 1023, 1025, 3000, 16_385, 50_001, 98_305])
+def test_it_is_worth_it_at_any_length(length):
+    config = LighthouseConfig()
+    q = torch.empty(1, 2, length, 16, device="meta", requires_grad=True)
+    report = lighthouse_fx.explain(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), q, config=config)
+    assert report.rewritten == 1 and report.calls[0].gathered == pyramid_over(length, config).gathered
+
+
+def test_the_papers_pyramid():
+    assert LighthouseConfig.paper() == LighthouseConfig(levels=3, pooling=4, topk=1536)
+    assert LighthouseConfig.paper(topk=64, scorer="dilated") == LighthouseConfig(levels=3, topk=64, scorer="dilated")
+    for fields in ({"pooling": 1}, {"width": 2}):
+        with pytest.raises((TypeError, ValueError), match=next(iter(fields))):
+            LighthouseConfig.paper(**fields)
+
+
+def both(call, length, **arguments):
+    torch.manual_seed(length)
+    tensors = [torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    out = call(*tensors, **arguments)
+    return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+
+@pytest.mark.parametrize("fields", [{}, {"levels": 3, "quota": 4}, {"levels": 3, "scorer": "dilated", "dilation": 4}])
+def test_any_length_is_the_functional_form(fields):
+    """Without a graph for every length: one for each quota that lengths are long enough for."""
+    counter = CompileCounterWithBackend("eager")
+
+    def backend(gm, example_inputs):
+        counter.frame_count += 1
+        return passes_only(gm, example_inputs, options=fields)
+
+    run = torch.compile(causal, backend=backend, dynamic=True, fullgraph=True)
+    for length in (1100, 1024, 4099, 2500, 520, 600, 1023, 1500):  # quotas of 128 and 64
+        found = both(run, length)
+        assert lighthouse_fx.reports()[-1].rewritten == 1
+        expected = both(lighthouse_attention, length, is_causal=True, enable_gqa=True, config=LighthouseConfig(**fields))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("lengths", [(256, 300, 257, 511)])
+def test_any_length_through_inductor(lengths):
+    run = torch.compile(causal, backend="lighthouse", fullgraph=True, dynamic=True)
+    before = len(lighthouse_fx.reports())
+    for length in lengths:
+        found = both(run, length)
+        expected = both(lighthouse_attention, length, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    reports = lighthouse_fx.reports()[before:]
+    assert [report.rewritten for report in reports] == [1]
+
+
+@pytest.mark.gpu
+def test_gpu_any_length():
+    run = torch.compile(causal, backend="lighthouse", fullgraph=True, dynamic=True)
+    before = len(lighthouse_fx.reports())
+    for length in (4096, 5001, 8190, 2048):
+        q, k, v = (
+            torch.randn(1, heads, length, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
+        )
+        pairs = []
+        for call in (run, lambda *x: lighthouse_attention(*x, is_causal=True, enable_gqa=True)):
+            out = call(q, k, v)
+            pairs.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+        for found, expected in zip(*pairs, strict=True):
+            assert (found - expected).norm() < 0.01 * expected.norm()
+    assert [report.rewritten for report in lighthouse_fx.reports()[before:]] == [1]
+
+
+def test_any_length_inside_documents():
+    run = torch.compile(causal, backend=passes_only, fullgraph=True, dynamic=True)
+    for length in (300, 400, 411):
+        numbers = (torch.arange(length) > 133).int().expand(2, -1).contiguous()
+        with lighthouse_fx.documents(numbers):
+            found = both(run, length)
+        expected = both(lighthouse_attention, length, is_causal=True, enable_gqa=True, documents=numbers)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_heads_are_no_symbols():
+    """dynamic=True makes symbols of them, too; each number of heads has its graph."""
+    run = torch.compile(causal, backend=passes_only, fullgraph=True, dynamic=True)
+    before = len(lighthouse_fx.reports())
+    for heads, length in ((4, 100), (4, 120), (8, 100)):
+        q, k = torch.randn(1, heads, length, 8, requires_grad=True), torch.randn(1, 2, length, 8)
+        torch.testing.assert_close(run(q, k, k), lighthouse_attention(q, k, k, is_causal=True, enable_gqa=True))
+    assert len(lighthouse_fx.reports()) == before + 2
