@@ -93,7 +93,8 @@ def _segments(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
 _library = torch.library.Library("lighthouse_fx", "FRAGMENT")
 _library.define(
     "attention_in_documents(Tensor query, Tensor key, Tensor value, Tensor entries, Tensor starts, int levels, "
-    "int pooling, SymInt topk, int quota, float dropout_p, float? scale, bool enable_gqa, int most, str kernel, Tensor? known=None) -> Tensor"
+    "int pooling, SymInt topk, int quota, float dropout_p, float? scale, bool enable_gqa, int most, str kernel, "
+    "Tensor? known=None) -> Tensor"
 )
 _library.define("document_starts(Tensor numbers) -> Tensor")
 _library.define("document_numbers(Tensor query, Tensor[] tables, str holds) -> Tensor")
