@@ -1,4 +1,4 @@
-"""Packed documents beside the undivided row, on a GPU: one attention layer alone, and a small Llama whose every layer is rewritten.
+"""Packed documents beside the undivided row, on a GPU: one attention layer alone, and a small Llama, all rewritten.
 
 Documents have random lengths, or one of them fills 75% or 90% of the row. They are given on the CPU; documents given on the GPU
 are copied there, so they run the same.
@@ -106,7 +106,8 @@ def main() -> int:
     about = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv)}
     found = {make.__name__: [measure(make, *of, args.counts) for of in LENGTHS] for make in (layer, llama)}
     for name, rows in found.items():
-        table = Table(title=f"{name}: times of the undivided row's, {about['card']}, forward plus backward", title_justify="left")
+        title = f"{name}: times of the undivided row's, {about['card']}, forward plus backward"
+        table = Table(title=title, title_justify="left")
         for column in ("tokens", "undivided", "one document of", *map(str, args.counts)):
             table.add_column(column, justify="right")
         for row in rows:

@@ -274,6 +274,6 @@ def test_memory_of_one_layer():
     shape = bench.LayerShape(length=98_304)
     device = torch.device("cuda")
     tokens = bench._inputs(shape, shape.length, device)
-    function = torch.compile(bench._attention, backend="lighthouse", fullgraph=True)
+    function = compiled(bench._attention, {"levels": 3, "topk": 1536})
     bench._both(function, tokens)
     assert bench.timing.added_memory(lambda: bench._both(function, tokens), device) <= 900e6
