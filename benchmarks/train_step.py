@@ -3,8 +3,8 @@
     python benchmarks/train_step.py                             30 layers, 98,304 tokens: needs a large GPU
     python benchmarks/train_step.py --seq-len 2048 --layers 4   a small one
 
-The pyramids are the default, half of the tokens, and the paper's. All runs have the same weights, tokens and optimiser; the dense
-run's attention is the fastest stock kernel for the card.
+The pyramids are the default, half of the tokens, and the paper's. All runs have the same weights, tokens and optimiser; dense
+attention is the fastest stock kernel for the card.
 The model is that of arXiv 2605.06554 (SPEC.md, "Two stages"): d_model 1024, 8 heads of 128, FFN 1536; its vocabulary is bytes.
 """
 

@@ -9,6 +9,7 @@ import re
 import textwrap
 from dataclasses import fields
 from functools import cache
+from itertools import chain, product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from lighthouse_fx import LighthouseConfig, TwoStage, backend, cli, explain
 from lighthouse_fx import compile as lighthouse_compile
 from lighthouse_fx.kernels import Pyramid
+from lighthouse_fx.passes.check import pyramid_over
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,6 +184,24 @@ def test_table_of_speeds_is_that_of_the_benchmark():
         assert math.isclose(number(row[6]), of["dense"][1] / of["layer"][1], rel_tol=0.03)
 
 
+def test_speeds_of_the_default_are_those_of_the_benchmark():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "layer_default.json").read_text())["rows"]
+    for row, of in zip(rows("choosing_a_pyramid.md", "length"), measured, strict=True):
+        config, length = LighthouseConfig(), of["shape"]["length"]
+        assert tuple(map(number, row[:3])) == (length, pyramid_over(length, config).topk, of["gathered"])
+        assert math.isclose(number(row[3]), of["layer"][1], rel_tol=0.02)
+        assert math.isclose(number(row[4]), of["dense"][1], rel_tol=0.02)
+        assert math.isclose(number(row[5]), of["dense"][1] / of["layer"][1], rel_tol=0.03)
+        assert math.isclose(number(row[6]), of["memory"] / 1e6, rel_tol=0.01)
+
+
+def test_seconds_of_a_step_are_those_of_the_benchmark():
+    runs = json.loads((ROOT / "benchmarks" / "results" / "train_step.json").read_text())["runs"]
+    for page in (README, PAGES["choosing_a_pyramid.md"]):
+        assert all(f"{run['seconds']:.2f} s" in " ".join(page.split()) for run in runs)
+        assert "{:.1f} and {:.1f} times".format(*(runs[0]["seconds"] / run["seconds"] for run in runs[1:])) in page
+
+
 def test_table_of_budgets_is_that_of_the_run():
     measured = json.loads((ROOT / "benchmarks" / "results" / "budget.json").read_text())["results"]
     on_gpu = json.loads((ROOT / "benchmarks" / "results" / "budget_gpu.json").read_text())["results"]
@@ -200,27 +220,30 @@ def test_table_of_documents_is_that_of_the_benchmark():
     measured = json.loads((ROOT / "benchmarks" / "results" / "documents.json").read_text())
     page = PAGES["packed_documents.md"]
     labels = {"0%": "random lengths", "75%": "one of 75% of the row", "90%": "one of 90%"}
-    largest = 0.0
-    for row in measured["rows"]:
-        for share, times in row["documents_ms"].items():
-            shown = re.search(rf"^\| {row['length']:,} \| {labels[share]} \| (.+) \|$", page, re.MULTILINE)[1].split(" | ")
-            for text, time in zip(shown, times.values(), strict=True):
-                assert math.isclose(number(text), time / row["undivided_ms"], abs_tol=0.0051)
-                largest = max(largest, number(text) if row["length"] == 98_304 else 0)
-    assert f"at most **{largest:.1f} times**" in page
+    largest = dict.fromkeys(product(("layer", "llama"), (16_384, 98_304)), 0.0)
+    for what, name in (("layer", "a layer"), ("llama", "a Llama")):
+        for row in measured[what]:
+            for share, times in row["documents_ms"].items():
+                start = rf"^\| {name}, {row['length']:,} \| {labels[share]} \| "
+                shown = re.search(start + r"(.+) \|$", page, re.MULTILINE)[1].split(" | ")
+                for text, time in zip(shown, times.values(), strict=True):
+                    assert math.isclose(number(text), time / row["undivided_ms"], abs_tol=0.0051)
+                    largest[what, row["length"]] = max(largest[what, row["length"]], number(text))
+    assert f"at most **{largest['layer', 98_304]:.2f} times**" in page
+    assert f"at 16,384 at most **{largest['llama', 16_384]:.2f}**, at 98,304 at most {largest['llama', 98_304]:.2f}" in page
 
 
 def test_evidence_is_that_of_the_runs():
     measured = json.loads((ROOT / "benchmarks" / "results" / "recipes_wsd.json").read_text())
-    compared = {length: measured[f"at_{length}_tokens"] for length in (32_768, 65_536)}
-    for run in [*measured["rows"], *compared[32_768], *compared[65_536]]:
+    compared = [runs for name, runs in measured.items() if name.startswith("at_")]
+    for run in [*measured["rows"], *chain.from_iterable(compared)]:
         figures = [run["final"]]
         if run["switch_loss"] is not None and run["seed"] == 0 and run in measured["rows"]:
             figures.append(run["switch_loss"])
         assert all(f"{figure:.3f}" in PAGES["evidence.md"] for figure in figures), run["name"]
         assert "note" in run or f"{run['train_seconds']:.0f} s" in PAGES["evidence.md"]
         assert run["passkeys"] == pytest.approx(0.1, abs=0.005) or f"({run['passkeys']:.0%} in one)" in PAGES["evidence.md"]
-    for runs in compared.values():
+    for runs in compared:
         for seed in {run["seed"] for run in runs}:
             dense, staged = (next(x for x in runs if x["seed"] == seed and x["name"] == n) for n in ("dense", "recommended"))
             assert f"{staged['final'] - dense['final']:+.2f}" in PAGES["evidence.md"]
