@@ -108,16 +108,16 @@ def predicted(shape: LayerShape, card: Card) -> list[Candidate]:
 
 
 def _change(config: LighthouseConfig, length: int) -> str:
-    start = replace(START, topk=_whole(_start_windows(length)))
+    start, topk = _whole(_start_windows(length)), pyramid_over(length, config).topk
     changes = [
         words
         for words, (now, before) in {
-            "level more": (config.levels, start.levels),
-            "level fewer": (start.levels, config.levels),
-            "finer": (start.pooling, config.pooling),
-            "coarser": (config.pooling, start.pooling),
-            "more windows": (config.topk, start.topk),
-            "fewer windows": (start.topk, config.topk),
+            "level more": (config.levels, START.levels),
+            "level fewer": (START.levels, config.levels),
+            "finer": (START.pooling, config.pooling),
+            "coarser": (config.pooling, START.pooling),
+            "more windows": (topk, start),
+            "fewer windows": (start, topk),
         }.items()
         if now > before
     ]
