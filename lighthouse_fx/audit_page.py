@@ -66,8 +66,13 @@ def save_page(run: RunData, path: str | Path, *, reference: Reference | None = N
 
     Args:
         reference: a dense run, whose losses are drawn beside this one's.
+
+    Raises:
+        ValueError: a path of another kind.
     """
     path = Path(path)
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"path={str(path)!r}: a page is HTML, give a name that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
     events = [(_or_dash(event.step), event.name, event.text) for event in run.events]
     marks = ["warning" if event.name in ("warning", "error") else "" for event in run.events]

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import tuning_figures
 from .bench import LayerShape
-from .command_options import add_command, add_device, add_layer, console, layer_of
+from .command_options import above_zero, add_command, add_device, add_layer, console, layer_of
 from .cost import H100, Card
 from .extras import transformers
 from .tuning import Tuning, shape_of, tune
@@ -47,10 +47,10 @@ lighthouse tune 98304 --memory 1.5 --json tune.json --picture tune.png
         "--share", type=float, default=0.1, help="of dense attention's time that the layer may take; default: 0.1"
     )
     parser.add_argument(
-        "--memory", type=float, metavar="GB", help="that the layer may add, gradients included; default: any amount"
+        "--memory", type=above_zero, metavar="GB", help="that the layer may add, gradients included; default: any amount"
     )
     parser.add_argument("--measure", type=int, default=8, metavar="COUNT", help="pyramids to measure at most; default: 8")
-    parser.add_argument("--seconds", type=float, default=120.0, metavar="S", help="to measure for at most; default: 120")
+    parser.add_argument("--seconds", type=above_zero, default=120.0, metavar="S", help="to measure for at most; default: 120")
     parser.add_argument(
         "--predict", action="store_true", help="measure nothing: predict for an H100, or for a card of the two rates below"
     )
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         found = tune(
             shape,
             share=options.share,
-            memory=None if options.memory is None else int(options.memory * 1e9),
+            memory=None if options.memory is None else max(1, int(options.memory * 1e9)),
             device=options.device,
             card=_card(options),
             measure=measure,

@@ -156,21 +156,27 @@ class TwoStage:
         with dense() if self.is_dense() else pretraining(self.config):
             yield
 
-    def finish(self, loss: float | torch.Tensor | None = None) -> None:
+    def finish(self, loss: float | torch.Tensor | None = None, *, conclude: bool = True) -> None:
         """The optimiser step is done: what is saved from here on belongs to the next one.
 
         Args:
             loss: the step's training loss, which is watched for the jump at the switch and the recovery. A tensor is read,
                 which waits for its device.
+            conclude: after the last step, tell that the run is finished. False where its loss is observed later.
         """
         if self._place == "between":
             raise RuntimeError(f"schedule.finish() ends no step: step {self._step} was not begun by stage() or a loop")
         step, self._step, self._place = self._step, self._step + 1, "between"
         if loss is not None:
             self.observe(step, loss)
-        if self.finished:
-            verdict = self._recovery.verdict() if 0 < self.lighthouse_steps < self.total_steps else "it had one stage"
-            self._tell(StageEvent(kind="finished", step=step, message=f"all {self.total_steps} steps are done: {verdict}"))
+        if self.finished and conclude:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Tell that all steps are done, and how the loss took the switch."""
+        verdict = self._recovery.verdict() if 0 < self.lighthouse_steps < self.total_steps else "it had one stage"
+        message = f"all {self.total_steps} steps are done: {verdict}"
+        self._tell(StageEvent(kind="finished", step=self.total_steps - 1, message=message))
 
     def observe(self, step: int, loss: float | torch.Tensor) -> None:
         """Have the loss of a step watched that `finish` was not given, as where a trainer tells it later."""

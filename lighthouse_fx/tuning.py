@@ -11,6 +11,7 @@ measurements so far were off, holds for the best by the rule. When the time is o
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -205,7 +206,7 @@ def _recommended(
         least = min(c.memory for c in fast)
         return None, (
             f"no pyramid that is fast enough fits into {memory or 0:,} bytes; the smallest adds {least:,}"
-        ), f"allow memory={least}, or shorten the sequence"
+        ), f"allow memory={least} (--memory {math.ceil(least / 1e7) / 100:g}, in GB), or shorten the sequence"
     best = max(fits, key=_rank)
     return best, (
         f"keeps the most of the sequence, {best.kept:.1%}, of those {'measured' if tried else 'predicted'} "

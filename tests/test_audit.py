@@ -366,6 +366,11 @@ def test_a_reference_without_a_page_is_an_error(two_stages, capsys):
     assert "give --out run.html" in capsys.readouterr().err
 
 
+def test_a_page_is_html(two_stages, tmp_path, capsys):
+    assert main(["report", str(two_stages), "--out", str(tmp_path / "run.pdf")]) == 2
+    assert "a page is HTML" in capsys.readouterr().err and not (tmp_path / "run.pdf").exists()
+
+
 def test_reference_in_the_page(two_stages, tmp_path):
     reference = Reference(name="other.jsonl", validation={1: 2.0, 5: 1.0})
     text = audit_page.save_page(read_run(two_stages), tmp_path / "run.html", reference=reference).read_text()

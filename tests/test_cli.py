@@ -122,6 +122,8 @@ def test_explain_a_transformers_config(tmp_path, capsys):
     [
         ("bench --lengths 0", "'0' is no number of tokens: give an integer of at least 1"),
         ("explain nowhere --length -3", "'-3' is no number of tokens"),
+        ("tune 512 --predict --memory -1.5", "'-1.5' is no amount: give a number above 0"),
+        ("tune 512 --predict --seconds nan", "'nan' is no amount"),
         ("profile --device foo", "'foo' is no device: give cuda or cpu"),
         ("validate nowhere --text x --device cuda", "there is no GPU here"),
     ],

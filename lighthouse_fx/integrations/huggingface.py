@@ -113,8 +113,9 @@ class LighthouseCallback(TrainerCallback):  # type: ignore[misc]  # transformers
             self._keep(state)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Leave no stage on."""
+        """Leave no stage on; the last loss is known."""
         self.close()
+        self._steps.end_run()
 
     def _keep(self, state: TrainerState) -> None:
         # Trainer writes this dict into trainer_state.json. Its own protocol would make a new callback of what it reads,

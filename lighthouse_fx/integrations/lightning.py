@@ -79,8 +79,9 @@ class LighthouseCallback(Callback):  # type: ignore[misc]  # lightning is not se
                 self._steps.observe_mean(float(loss) * trainer.accumulate_grad_batches, first=step, last=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave no stage on."""
+        """Leave no stage on; the last loss is known."""
         self._close()
+        self._steps.end_run()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no stage on."""

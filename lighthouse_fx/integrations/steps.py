@@ -60,10 +60,16 @@ class Steps:
         self._open.close()
 
     def finish(self) -> None:
-        """The optimiser step is done."""
+        """The optimiser step is done. Its loss comes later."""
         self.leave()
-        self.schedule.finish()
+        self.schedule.finish(conclude=False)
         self.saved = self.schedule.state_dict()
+
+    def end_run(self) -> None:
+        """Training ends; if all steps are done, the schedule tells so."""
+        self.leave()
+        if self.schedule.finished:
+            self.schedule.conclude()
 
     def observe_mean(self, loss: float, *, first: int, last: int) -> None:
         """Have the mean loss of some steps watched, unless they are of both stages."""
