@@ -78,7 +78,7 @@ class LighthouseConfig:
     def paper(cls, **fields: Any) -> LighthouseConfig:
         """The paper's pyramid over 98,304 tokens, three levels and `topk=1536`, which keeps 19% of them.
 
-        Below some 17,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
+        Below some 13,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
         ended above dense training (docs/evidence.md).
 
         Args:

@@ -52,6 +52,8 @@ def test_it_is_worth_it_at_any_length(length):
 def test_the_papers_pyramid():
     assert LighthouseConfig.paper() == LighthouseConfig(levels=3, pooling=4, topk=1536)
     assert LighthouseConfig.paper(topk=64, scorer="dilated") == LighthouseConfig(levels=3, topk=64, scorer="dilated")
+    kept = [pyramid_over(length, LighthouseConfig.paper()).gathered / length for length in (12_500, 13_000, 98_304)]
+    assert kept[0] > LighthouseConfig().max_kept > kept[1] and kept[2] == 0.1875  # as its docstring says
     for fields in ({"pooling": 1}, {"width": 2}):
         with pytest.raises((TypeError, ValueError), match=next(iter(fields))):
             LighthouseConfig.paper(**fields)
