@@ -16,6 +16,7 @@ from functools import cache
 import torch
 
 _USUAL_QUOTA = 128
+_LEAST_QUOTA = 2  # one by query, one by key
 
 
 @cache
@@ -33,20 +34,15 @@ def tokens_of_tile(quota: int, *, levels: int, pooling: int) -> int:
 def half_of(length: int, *, levels: int, pooling: int, quota: int | None = None) -> tuple[int, int]:
     """`topk` and `quota` by which half of a sequence is expanded, over all levels, in whole tiles.
 
-    The quota is 128 unless one is given, and of a sequence that is too short for that the largest power of two that it has
-    tokens for. Where the length is a `torch.SymInt` so is `topk`, and the quota an `int`: what decides it becomes a guard.
+    The quota is 128 unless one is given, and 16 or 2 where the sequence has no tokens for a tile of that. Where the length is a
+    `torch.SymInt` so is `topk`, and the quota an `int`: what decides it becomes a guard, so there are few to choose from.
     """
-
-    def too_short(quota: int) -> bool:
-        return length < tokens_of_tile(quota, levels=levels, pooling=pooling)
-
     if quota is None:
         quota = _USUAL_QUOTA
-        while quota > 1 and too_short(quota):
-            quota //= 2
-    if too_short(quota):
-        return quota, quota
-    return length // tokens_of_tile(quota, levels=levels, pooling=pooling) * quota, quota
+        while quota > _LEAST_QUOTA and length < tokens_of_tile(quota, levels=levels, pooling=pooling):
+            quota //= 8
+    of_tile = tokens_of_tile(quota, levels=levels, pooling=pooling)
+    return (quota if length < of_tile else length // of_tile * quota), quota
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +111,10 @@ class Pyramid:
     @property
     def gathered(self) -> int:
         """Entries in the gathered sub-sequence, `S`, the same for every head."""
-        smaller, larger_tiles = self.coarse // self.tiles, self.coarse % self.tiles
         tail = self.length - self.covered
+        if self.coarse >= self.topk:  # every tile fills its quota; of a symbolic number of tiles nothing is divided by it
+            return self.coarse + tail + (self.levels - 1) * self.pooling * self.topk
+        smaller, larger_tiles = self.coarse // self.tiles, self.coarse % self.tiles
         in_tiles = (self.tiles - larger_tiles) * self._children(smaller) + larger_tiles * self._children(smaller + 1)
         return self.coarse + tail + in_tiles
 

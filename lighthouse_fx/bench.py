@@ -134,12 +134,14 @@ def measure_layer(
 
 def check_gathers(length: int, config: LighthouseConfig, max_kept: float = 1.0) -> None:
     """Raise a ValueError where a layer of so many tokens would stay dense."""
-    pyramid = pyramid_over(length, config)
+    pyramid, default = pyramid_over(length, config), LighthouseConfig()
     if pyramid.coarse == 0 or pyramid.gathered > max_kept * length:
-        advice = pyramid_over(length, LighthouseConfig())
+        other = pyramid_over(length, default)
+        helps = other.coarse and not default.keeps_too_much(other.gathered, length)
+        advice = f"fewer, such as levels={other.levels}, topk={other.topk}" if helps else "a longer sequence"
         raise ValueError(
             f"levels={config.levels}, pooling={config.pooling}, topk={pyramid.topk} gather {pyramid.gathered:,} of {length:,} "
-            f"tokens, so attention stays dense: give fewer, such as levels={advice.levels}, topk={advice.topk}"
+            f"tokens, so attention stays dense: give {advice}"
         )
 
 

@@ -23,7 +23,7 @@ from .config import LighthouseConfig, config_field_names
 from .kernels.torch_private import dynamo_config, list_mode_options
 from .passes.call import Layer
 from .passes.check import excludes, unmatched
-from .report import AttentionRecord
+from .report import AttentionRecord, NotRewritten
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -203,7 +203,7 @@ class _Watch:
         reasons = dict.fromkeys(missed.values())
         why = ". ".join(f"{', '.join(n for n in missed if missed[n] == reason)}: {reason}" for reason in reasons)
         if first and self.strict:
-            raise RuntimeError(
+            raise NotRewritten(
                 f"strict=True: in the first training step {len(missed)} Lighthouse blocks ran no rewritten attention. {why}. "
                 "See lighthouse_fx.reports(), or pass strict=False"
             )

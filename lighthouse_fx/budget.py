@@ -210,10 +210,9 @@ class BudgetControl:
                 "remove the cause, see lighthouse_fx.explain(model, ...)"
             )
         config = replace(probe.config, topk=self.plan.topk[-1])
-        kept, of = config.max_kept.as_integer_ratio()
         for length in sorted(lengths):
             gathered = pyramid_over(length, config).gathered
-            if gathered * of > kept * length:
+            if config.keeps_too_much(gathered, length):
                 raise ValueError(
                     f"topk={self.plan.topk}: its largest gathers {gathered} of {length} tokens, more than "
                     f"max_kept={config.max_kept}, so attention would stay dense: give smaller buckets, or raise max_kept"

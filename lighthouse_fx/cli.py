@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import command_bench, command_explain, command_profile, command_report, command_tune, command_validate
+from .report import NotRewritten
 
 _COMMANDS = (command_explain, command_tune, command_bench, command_profile, command_report, command_validate)
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = new_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:  # the input's fault, and its words say how to mend it
+    except (ValueError, TypeError, OSError, ImportError, NotRewritten) as error:  # the input's fault; its words say how
         print(f"lighthouse: {error}", file=sys.stderr)
         return 2
     return status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import bench, timing
-from .command_options import add_command, add_device, add_layer, add_pyramid, at_least_one, console, layer_of
-from .config import LighthouseConfig
+from .command_options import (
+    add_command,
+    add_device,
+    add_layer,
+    add_pyramid,
+    at_least_one,
+    console,
+    layer_of,
+    pyramid_of,
+)
 from .machine import describe
 
 _WIDTH = 150  # the table's, also where a terminal is narrower
@@ -51,7 +60,7 @@ lighthouse bench --lengths 1024 --topk 32 --dtype float32 --device cpu
 """,
     )
     parser.add_argument("--lengths", type=at_least_one, nargs="+", metavar="N", help="tokens; default: ten lengths, 4K to 1M")
-    add_pyramid(parser, topk=None, topk_default="by length, as published; with other levels or pooling, half of the tokens")
+    add_pyramid(parser, topk_default="by length, as published; with other levels or pooling, half of the tokens")
     add_layer(parser)
     parser.add_argument(
         "--dense-up-to", type=int, default=524_288, metavar="N", help="no dense attention beyond; default: 524288"
@@ -66,15 +75,12 @@ def run(options: argparse.Namespace) -> int:
     """`lighthouse bench`: measure, print the table, write what was asked for."""
     device = torch.device(options.device)
     usual = dict(_USUAL)  # another length takes the k of the nearest one
-    published = (options.levels, options.pooling) == (3, 4)
+    given = pyramid_of(options, topk=None)
+    published = given.topk is None and (given.levels, given.pooling) == (3, 4)
     lengths = options.lengths or list(usual)
     shapes = [layer_of(options, n) for n in lengths]
     configs = [
-        LighthouseConfig(
-            levels=options.levels,
-            pooling=options.pooling,
-            topk=options.topk or (usual[min(usual, key=lambda known, n=n: abs(known - n))] if published else None),  # type: ignore[misc]
-        )
+        replace(given, topk=usual[min(usual, key=lambda known, n=n: abs(known - n))]) if published else given  # type: ignore[misc]
         for n in lengths
     ]
     rows: list[bench.LayerTimes] = []

@@ -35,7 +35,6 @@ def add_parser(commands: Any) -> None:
         description=(
             "Traces a model as torch.compile(model, backend='lighthouse') would and prints one row per attention call: "
             "rewritten, or the reason why not. Nothing is trained or computed, no weights are loaded, and no GPU is needed. "
-            ""
             "The exit status is 1 where nothing would be rewritten."
         ),
         examples="""
@@ -55,12 +54,11 @@ lighthouse explain my_module:model_and_inputs --topk 512 --out graph.html
 
 def run(options: argparse.Namespace) -> int:
     """`lighthouse explain`: print the report, save the picture. The exit status is 1 where nothing would be rewritten."""
-    config = config_from(options)
     if is_function(options.model):
         model, inputs = _pair(options.model, call_function(options.model))
-        report = explain(model, *inputs, config=config)
+        report = explain(model, *inputs, config=config_from(options, model))
     else:
-        report = _of_transformers(options, config)
+        report = _of_transformers(options)
     report.print(console(_WIDTH))
     if options.out:
         print(f"written: {report.save(options.out)}")
@@ -74,11 +72,11 @@ def _pair(name: str, made: Any) -> tuple[Any, tuple[Any, ...]]:
     return model, inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def _of_transformers(options: argparse.Namespace, config: Any) -> Report:
+def _of_transformers(options: argparse.Namespace) -> Report:
     library = transformers()
     described = library.AutoConfig.from_pretrained(options.model)
     described.use_cache = False  # as in training
     with torch.device("meta"):  # shapes are all that a trace needs: no memory for the weights
         model: nn.Module = library.AutoModelForCausalLM.from_config(described, attn_implementation="sdpa")
         ids = torch.zeros(1, options.length, dtype=torch.long)
-    return explain(model.train(), ids, config=config)
+    return explain(model.train(), ids, config=config_from(options, model))

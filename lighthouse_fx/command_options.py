@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from .bench import LayerShape
+from .compiled import setting_of
 from .config import SCORERS, LighthouseConfig
 
 MODEL_HELP = "package.module:function of yours that returns {returns}, or a transformers model: a folder, or a name"
@@ -59,15 +60,16 @@ def add_layer(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pyramid(parser: argparse.ArgumentParser, *, topk: int | None, topk_default: str) -> None:
+def add_pyramid(parser: argparse.ArgumentParser, *, topk_default: str) -> None:
     """The pyramid that is measured."""
-    parser.add_argument("--levels", type=int, default=3, metavar="L", help="levels of the pyramid; default: 3")
-    parser.add_argument(
-        "--pooling", type=int, default=4, metavar="P", help="windows of a level in one of the next; default: 4"
-    )
-    parser.add_argument(
-        "--topk", type=int, default=topk, metavar="K", help=f"windows expanded per level; default: {topk_default}"
-    )
+    parser.add_argument("--levels", type=int, metavar="L", help="levels of the pyramid; default: 3")
+    parser.add_argument("--pooling", type=int, metavar="P", help="windows of a level in one of the next; default: 4")
+    parser.add_argument("--topk", type=int, metavar="K", help=f"windows expanded per level; default: {topk_default}")
+
+
+def pyramid_of(options: argparse.Namespace, *, topk: int | None) -> LighthouseConfig:
+    """The pyramid that was given; `topk` where none was."""
+    return LighthouseConfig(**{"levels": 3, "pooling": 4, "topk": topk} | _given(options))
 
 
 def layer_of(options: argparse.Namespace, length: int) -> LayerShape:
@@ -88,10 +90,14 @@ def console(width: int) -> Console:
     return Console(width=None if sys.stdout.isatty() else width)
 
 
-def config_from(options: argparse.Namespace) -> LighthouseConfig | None:
-    """The configuration that was given, None if none was."""
-    given = {f.name: value for f in fields(LighthouseConfig) if (value := getattr(options, f.name, None)) is not None}
-    return LighthouseConfig(**given) if given else None
+def config_from(options: argparse.Namespace, model: Any) -> LighthouseConfig | None:
+    """The configuration that was given, over the one that the model is compiled with, if it is; None if none was given."""
+    given = _given(options)
+    return replace(setting_of(model).config, **given) if given else None
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {f.name: value for f in fields(LighthouseConfig) if (value := getattr(options, f.name, None)) is not None}
 
 
 def is_function(name: str) -> bool:

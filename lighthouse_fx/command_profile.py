@@ -19,12 +19,14 @@ from .command_options import (
     add_pyramid,
     at_least_one,
     call_function,
+    config_from,
     console,
     layer_of,
+    pyramid_of,
 )
 from .config import LighthouseConfig
 from .cost import Card, measure_card
-from .profile_steps import Step, layer_step, llama_step, model_step
+from .profile_steps import Step, is_compiled, layer_step, llama_step, model_step
 from .profiling import profile
 
 _WIDTH = 150  # where there is no terminal, whose width is known
@@ -57,7 +59,7 @@ lighthouse profile --length 1024 --topk 32 --dtype float32 --device cpu
     parser.add_argument(
         "--layers", type=int, default=8, metavar="COUNT", help="of the Llama, its first and last dense; default: 8"
     )
-    add_pyramid(parser, topk=1024, topk_default="1024")
+    add_pyramid(parser, topk_default="1024; of a model of yours all three are those of LighthouseConfig()")
     parser.add_argument("--steps", type=int, default=3, metavar="COUNT", help="to record of each kind; default: 3")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="to compare with; default: a large matrix product's")
     parser.add_argument("--peak-bandwidth-tb", type=float, metavar="X", help="the same in TB/s; default: a large copy's")
@@ -87,12 +89,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _step(options: argparse.Namespace, device: torch.device) -> Step:
-    config = LighthouseConfig(levels=options.levels, pooling=options.pooling, topk=options.topk)
     if ":" in options.model:
         model, inputs = _called(options.model)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         moved = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
-        return model_step(model.to(device), moved, config)
+        return model_step(model.to(device), moved, _of_model(options, model))
+    config = pyramid_of(options, topk=1024)
     shape = layer_of(options, options.length)
     check_gathers(shape.length, config, config.max_kept)
     if options.model == "layer":
@@ -100,6 +102,13 @@ def _step(options: argparse.Namespace, device: torch.device) -> Step:
     if options.model == "llama":
         return llama_step(shape, config, device, layers=options.layers)
     raise ValueError(f"MODEL={options.model!r}: give 'layer', 'llama' or package.module:function")
+
+
+def _of_model(options: argparse.Namespace, model: torch.nn.Module) -> LighthouseConfig:
+    given = config_from(options, model)
+    if given is not None and is_compiled(model):
+        raise ValueError(f"MODEL={options.model!r} is compiled, with options of its own: leave out --levels, --pooling, --topk")
+    return given or LighthouseConfig()
 
 
 def _with_peaks(card: Card, options: argparse.Namespace) -> Card:

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     found = validate(
         model,
         data,
-        config=config_from(options),
+        config=config_from(options, model),
         passkey=passkey,
         batch=options.batch,
         progress=sys.stderr.isatty(),

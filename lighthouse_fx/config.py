@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any
 
 SCORERS = ("norm", "dilated", "gla")
@@ -22,9 +23,10 @@ class LighthouseConfig:
         levels: pyramid levels `L >= 1`; level 0 is the tokens, so `levels=1` is dense attention.
         pooling: pooling factor `p >= 2` between levels.
         topk: windows expanded per level over the whole sequence, `k >= 1`; None: it follows the length, so that half of the
-            sequence is expanded, `k = N / (2 p (L - 1))` in whole tiles.
+            sequence is expanded, `k = N / (2 p (L - 1))`, rounded down to whole tiles: half at multiples of 1,024 tokens with
+            two levels and pooling 4, a quarter at least.
         quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128, and of a topk that
-            follows the length 128, fewer where the sequence is too short for that.
+            follows the length 128, or 16 or 2 where the sequence is too short for that.
         keep_first: always expand window 0, so that no token is left without output.
         scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
             attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
@@ -74,11 +76,17 @@ class LighthouseConfig:
                 f"{self.levels - 1} tokens, more than any sequence has: use fewer levels, such as levels=3"
             )
 
+    def keeps_too_much(self, gathered: int, length: int) -> bool:
+        """Whether so many entries are more than `max_kept` of so many tokens. Either may be symbolic."""
+        # In small integers: the ratio of a float such as 0.8 is one of numbers that overflow where guards are compiled.
+        share = Fraction(self.max_kept).limit_denominator(1_000_000)
+        return gathered * share.denominator > share.numerator * length
+
     @classmethod
     def paper(cls, **fields: Any) -> LighthouseConfig:
         """The paper's pyramid over 98,304 tokens, three levels and `topk=1536`, which keeps 19% of them.
 
-        Below some 13,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
+        Below some 14,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
         ended above dense training (docs/evidence.md).
 
         Args:
@@ -88,7 +96,7 @@ class LighthouseConfig:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         check_fields(fields)
-        return cls(**{"levels": 3, "pooling": 4, "topk": 1536} | fields)
+        return cls(**{"levels": 3, "pooling": 4, "topk": 1536, "max_kept": 0.75} | fields)
 
 
 def config_field_names() -> tuple[str, ...]:
@@ -147,9 +155,9 @@ def _kernel(name: str, value: Any) -> None:
 
 def _share(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number between 0 and 1, such as 0.75")
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number between 0 and 1, such as 0.8")
     if not 0 < value <= 1:
-        raise ValueError(f"{name}={value} is not in (0, 1]: give a share of the tokens, such as 0.75")
+        raise ValueError(f"{name}={value} is not in (0, 1]: give a share of the tokens, such as 0.8")
 
 
 def _layers(name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from .kernels.shapes import shape_problem, tensor_problem
 from .passes.check import pyramid_over
 
 _log = logging.getLogger(__name__)
+_DEFAULT = LighthouseConfig()  # Dynamo cannot trace how one is made
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -58,7 +59,7 @@ def lighthouse_attention(
 
     Source: SPEC.md, "The four stages".
     """
-    config = LighthouseConfig() if config is None else config
+    config = _DEFAULT if config is None else config
     _check_numbers(is_causal=is_causal, enable_gqa=enable_gqa, scale=scale, dropout_p=dropout_p, config=config)
     _check_tensors(query, key, value, enable_gqa=enable_gqa)
     starts = known = None

@@ -88,7 +88,7 @@ def model_step(
         raise TypeError(f"model={model!r} is a {type(model).__name__}: give a Module")
     _check(config)
     model.train()
-    if not any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules()):
+    if not is_compiled(model):
         compile(model, config, dense_layers=dense_layers)
     on_gpu = any(p.is_cuda for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True if on_gpu else None)
@@ -99,6 +99,11 @@ def model_step(
         optimizer.zero_grad()
 
     return step
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether it is compiled already, or a part of it."""
+    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
 
 
 def _check(config: LighthouseConfig) -> None:

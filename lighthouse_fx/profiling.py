@@ -24,7 +24,7 @@ from .bench import fastest_attention
 from .cost import Card, measure_card
 from .journal import watch
 from .kernel_names import PARTS, Attributed, Event, attribute_kernels, attribute_ops
-from .report import AttentionRecord
+from .report import AttentionRecord, NotRewritten
 
 _ON_GPU = {"kernel", "gpu_memcpy", "gpu_memset"}  # what Kineto calls work on a GPU
 _WARM_UP = 2
@@ -115,7 +115,7 @@ def profile(
             with wanted, fastest_attention(device):
                 recordings.append(_record(step, device, steps))
     if not any(a.part == "selection" for a in recordings[1].attributed):
-        raise RuntimeError(
+        raise NotRewritten(
             "the step runs no Lighthouse attention: compile the model with lighthouse_fx.compile(model) and train it "
             "(model.train(), gradients on, enough tokens); lighthouse_fx.explain(model, ...) gives the reason"
         )

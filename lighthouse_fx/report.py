@@ -34,6 +34,10 @@ _NO_ATTENTION = (
 )
 
 
+class NotRewritten(RuntimeError):
+    """Attention that was to run rewritten did not; its words say why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionRecord:
     """One attention call of a traced model.

@@ -280,12 +280,11 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
             f"{constant(length)} tokens are fewer than one coarsest window of {pyramid.widest}",
             "use fewer levels or a smaller pooling factor",
         )
-    kept, of = config.max_kept.as_integer_ratio()
-    if gathered * of > kept * length:
+    if config.keeps_too_much(gathered, length):
         share = "" if isinstance(gathered, torch.SymInt) else f", {gathered / length:.0%} of the tokens,"
         return call.refuse(
             f"not worth it: {gathered} of {length} tokens{share} would be gathered, more than max_kept={config.max_kept}",
-            "use a smaller topk, or raise max_kept",
+            "use a smaller topk, or raise max_kept" if config.topk else "give a topk, more levels or a larger pooling",
         )
     # How many heads there are, and how wide, is the model's business. Where dynamic=True makes symbols of them, each becomes a
     # guard: Inductor (torch 2.11) fails on strides that hang on them.

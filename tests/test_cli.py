@@ -19,12 +19,20 @@ MODULE = """
 import torch
 from transformers import LlamaForCausalLM, LlamaConfig
 
-def model():
+def model(**fields):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{config}, attn_implementation="sdpa"))
+    return LlamaForCausalLM(LlamaConfig(**dict({config}, **fields), attn_implementation="sdpa"))
 
 def pair():
     return model(), torch.zeros(1, 128, dtype=torch.long)
+
+def deep_pair():
+    return model(num_hidden_layers=5), torch.zeros(1, 128, dtype=torch.long)
+
+def compiled_pair():
+    import lighthouse_fx
+    config = lighthouse_fx.LighthouseConfig(levels=3, pooling=2, topk=8)
+    return lighthouse_fx.compile(model(), config, dense_layers=(0, -1)), torch.zeros(1, 128, dtype=torch.long)
 
 def neither():
     return 3
@@ -144,6 +152,25 @@ def test_a_layer_that_would_stay_dense_is_not_measured(command, capsys):
     )
 
 
+def test_a_layer_that_no_pyramid_helps(capsys):
+    assert main(["bench", "--lengths", "7", "--device", "cpu"]) == 2
+    assert "so attention stays dense: give a longer sequence" in capsys.readouterr().err
+
+
+def test_a_model_that_stays_dense_is_not_profiled(here, capsys):
+    assert main(["profile", f"{here}:deep_pair", "--topk", "64", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert "1 Lighthouse blocks ran no rewritten attention" in said and "not worth it" in said
+    assert main(["profile", f"{here}:compiled_pair", "--topk", "8", "--device", "cpu"]) == 2
+    assert "compiled, with options of its own: leave out --levels, --pooling, --topk" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_is_profiled_under_the_default(here, capsys):
+    assert main(["profile", f"{here}:deep_pair", "--device", "cpu", "--steps", "1"]) == 0
+    assert "selection" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_validate_a_function(here, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 50, encoding="utf-8")
@@ -195,3 +222,12 @@ def test_windows_of_a_text():
     assert all(row.tolist() == list(range(row[0], row[0] + 10)) for row in rows)
     assert windows(text, length=99, count=8).tolist() == [text]
     assert len(windows(text, length=49, count=8)) == 3, "they overlap by half at most"
+
+
+def test_options_of_explain_are_laid_over_the_models_own(here, capsys):
+    assert main(["explain", f"{here}:compiled_pair"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 attention calls rewritten" in printed and "│ 64 │" in printed
+    assert main(["explain", f"{here}:compiled_pair", "--topk", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 3 attention calls rewritten" in printed and "│ 48 │" in printed, "of three levels still, of pooling 2"
