@@ -61,9 +61,9 @@ def test_the_papers_pyramid():
             LighthouseConfig.paper(**fields)
 
 
-def both(call, length, **arguments):
+def both(call, length, *, dtype=torch.float64, **arguments):
     torch.manual_seed(length)
-    tensors = [torch.randn(2, heads, length, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    tensors = [torch.randn(2, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
     out = call(*tensors, **arguments)
     return out, *torch.autograd.grad(out.square().sum(), tensors)
 
@@ -90,10 +90,10 @@ def test_any_length_is_the_functional_form(fields):
 def test_any_length_through_inductor(lengths):
     run = torch.compile(causal, backend="lighthouse", fullgraph=True, dynamic=True)
     before = len(lighthouse_fx.reports())
-    for length in lengths:
-        found = both(run, length)
-        expected = both(lighthouse_attention, length, is_causal=True, enable_gqa=True)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for length in lengths:  # not in float64: torch 2.11 takes the CPU kernel's logsumexp of that for float32
+        found = both(run, length, dtype=torch.float32)
+        expected = both(lighthouse_attention, length, dtype=torch.float32, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     reports = lighthouse_fx.reports()[before:]
     assert [report.rewritten for report in reports] == [1]
 
