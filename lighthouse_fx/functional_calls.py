@@ -96,7 +96,8 @@ class FunctionalGraphs:
         dense = None if unknown or not record.rewritten else node
         with graph.inserting_after(node):
             form = self._functional(call, record, unknown) if record.rewritten else self._kept_inside(call, record)
-            new = graph.call_function(form, (call.query, call.key, call.value, dense, own, call.dropout_p, call.scale))
+            arguments = (call.query, call.key, call.value, dense, own, call.dropout_p, call.scale, *call.projection)
+            new = graph.call_function(form, arguments)
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if dense is None:
             erase(call)
@@ -111,10 +112,11 @@ class FunctionalGraphs:
         laid_out = layout_of(call)
 
         def form(
-            query: Tensor, key: Tensor, value: Tensor, dense: None, own: None, dropout_p: float, scale: float | None
-        ) -> Tensor:
+            query: Tensor, key: Tensor, value: Tensor, dense: None, own: None, dropout_p: float, scale: float | None,
+            *projection: Tensor,
+        ) -> Tensor:  # fmt: skip
             self.observer.note(ObservedCall(False, record=record))
-            return laid_out(plain(query, key, value, True, scale, documents_on(query.device), dropout_p))
+            return laid_out(plain(query, key, value, True, scale, documents_on(query.device), dropout_p), projection)
 
         return form
 
@@ -125,7 +127,7 @@ class FunctionalGraphs:
 
         def form(
             query: Tensor, key: Tensor, value: Tensor, dense: Tensor | None, own: Tensor | None, dropout_p: float,
-            scale: float | None,
+            scale: float | None, *projection: Tensor,
         ) -> Tensor:  # fmt: skip
             model = self._model(record) if self.observer.forward else self._again(record, query)
             starts = documents_on(query.device) if own is None else starts_of(own)
@@ -133,7 +135,7 @@ class FunctionalGraphs:
             if dense is not None:
                 inside = None if own is None else starts
                 with torch.no_grad():
-                    apart = difference([dense], [laid_out(plain(query, key, value, is_causal, scale, inside))])
+                    apart = difference([dense], [laid_out(plain(query, key, value, is_causal, scale, inside), projection)])
             times = key.shape[1] // model.tensors[1].shape[1]
             narrow = [x[:, ::times] for x in (key, value)]  # as many heads as the rewritten call has
             if not all(torch.equal(x.repeat_interleave(times, 1), wide) for x, wide in zip(narrow, (key, value), strict=True)):
@@ -144,7 +146,8 @@ class FunctionalGraphs:
                 lighthouse_attention(
                     query, key, value, is_causal=is_causal, scale=scale, enable_gqa=True, dropout_p=dropout_p,
                     documents=starts, score_query=scored[0], score_key=scored[1], config=config,
-                )
+                ),
+                projection,
             )  # fmt: skip
             q, k = (x.detach() if raw is None else raw for x, raw in zip((query, key), scored, strict=True))
             pyramid = pyramid_over(query.shape[2], config)
@@ -154,7 +157,7 @@ class FunctionalGraphs:
             )  # fmt: skip
             noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)
             noted.scale, noted.is_causal, noted.dropout_p, noted.starts = scale, is_causal, dropout_p, starts
-            noted.dense, noted.unknown, noted.steps = apart, unknown, call.steps
+            noted.dense, noted.unknown, noted.steps, noted.projection = apart, unknown, call.steps, projection
             self.observer.note(noted)
             return out
 

@@ -19,8 +19,9 @@ class ObservedCall:
     they need one; `entries` int32 `[B, G, S]` and `slots` int32 `[B, G, P]`, the selection that it read; `scored`, what the
     scorer read in place of query and key, None where it read those.
 
-    Of its functional twin: `starts`, where documents begin; `steps`, which turn an output `[B, H, N, D]` into `out`; `dense`,
-    how far the model's own attention is from plain attention of these arguments. `unknown`: what was not compared, and why.
+    Of its functional twin: `starts`, where documents begin; `steps` and `projection`, which turn an output `[B, H, N, D]` into
+    `out`; `dense`, how far the model's own attention is from plain attention of these arguments. `unknown`: what was not
+    compared, and why.
     """
 
     rewritten: bool
@@ -35,6 +36,7 @@ class ObservedCall:
     dropout_p: float = 0.0
     starts: Tensor | None = None
     steps: Steps = ()
+    projection: tuple[Tensor, ...] = ()
     dense: float | None = None
     unknown: str = ""
     gradients: dict[str, Tensor] = field(default_factory=dict)

@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 
 from .kernels.documents import starts_of
 from .passes import CALLS, AttentionCall
-from .passes.call import fake
+from .passes.call import Steps, fake
 from .passes.flash_functions import find_flash_functions
 from .passes.leftovers import remove_leftovers
 from .passes.regions import regions
@@ -45,7 +44,7 @@ def put_plain(call: AttentionCall) -> fx.Node:
         query: Tensor, key: Tensor, value: Tensor, numbers: Tensor | None, dropout_p: float, scale: float | None
     ) -> Tensor:
         starts = None if numbers is None else starts_of(numbers)
-        return laid_out(plain(query, key, value, is_causal, scale, starts, dropout_p))
+        return laid_out(plain(query, key, value, is_causal, scale, starts, dropout_p), ())
 
     with call.node.graph.inserting_after(call.node):
         arguments = (call.query, call.key, call.value, call.documents, call.dropout_p, call.scale)
@@ -73,20 +72,29 @@ def plain(
     )
 
 
-def layout_of(call: AttentionCall) -> Callable[[Tensor], Tensor]:
-    """What turns an output `[B, H, N, D]` into the call's own, in memory too: what follows may view it."""
+def layout_of(call: AttentionCall) -> Callable[[Tensor, Sequence[Tensor]], Tensor]:
+    """What turns an output `[B, H, N, D]` into the call's own, in memory too: what follows may view it.
+
+    It is given the output and the tensors of the call's `projection`.
+    """
     like = fake(call.node)
     assert like is not None, "checked when it was found"
     shape, strides = list(like.shape), list(like.stride())
 
-    def laid_out(out: Any) -> Tensor:
-        for method, arguments in call.steps:
-            out = getattr(out, method)(*arguments)
+    def laid_out(out: Tensor, projection: Sequence[Tensor]) -> Tensor:
+        out = as_given(out, call.steps, projection)
         if list(out.shape) != shape or list(out.stride()) == strides:
-            return out  # type: ignore[no-any-return]
+            return out
         return torch.empty_strided(shape, strides, dtype=out.dtype, device=out.device).copy_(out)
 
     return laid_out
+
+
+def as_given(out: Tensor, steps: Steps, projection: Sequence[Tensor]) -> Tensor:
+    """An output `[B, H, N, D]` after a call's `steps` and `projection`."""
+    for method, arguments in steps:
+        out = getattr(out, method)(*arguments)
+    return F.linear(out, *projection) if projection else out
 
 
 def erase(call: AttentionCall) -> None:

@@ -34,7 +34,7 @@ from .passes import CALLS
 from .passes.check import pyramid_over
 from .passes.regions import regions
 from .passes.rewrite import REWRITTEN_FROM
-from .plain_attention import without_flash_attn
+from .plain_attention import as_given, without_flash_attn
 from .report import AttentionRecord, GraphReport, Report
 from .tracing import compile_anew
 from .verified import Check, Quantity, Verification, difference
@@ -335,6 +335,5 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
             config.max_documents, config.kernel,
         )  # fmt: skip
     out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)
-    for method, arguments in b.steps:
-        out = getattr(out, method)(*arguments)
+    out = as_given(out, b.steps, [x if x is None else x.detach().cpu() for x in b.projection])
     return out.to(b.tensors[0].device)

@@ -23,12 +23,14 @@ from .flash_functions import find_flash_functions
 from .flex import find_flex
 from .leftovers import remove_leftovers
 from .masks import prove_masks
+from .multi_head import find_multi_head
 from .raw_scores import score_raw
 from .repeated_heads import undo_repeated_heads
 from .rewrite import rewrite_attention
 
 PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_attention,
+    find_multi_head,
     find_by_hand,
     find_flex,
     find_flash_functions,

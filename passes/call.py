@@ -72,7 +72,8 @@ class AttentionCall:
     `repeat_nodes` are those that repeated the heads of key and value.
     `score_mask` says how the mask is applied, where it is no argument of `scaled_dot_product_attention`. Of a call that is
     none, `own_nodes` are those that it consists of besides `node`; `views` were put into the graph to show its arguments as
-    `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives.
+    `[B, H, N, D]`, and `steps` turn an output `[B, H, N, D]` into what `node` gives, of the `projection` by a linear layer,
+    weight and bias, where there is one.
     `blocks`, of FlexAttention: how `check_blocks` begins for each set of lists of blocks that the graph has to check.
     `documents`, where attention stays inside documents: the placeholder `DOCUMENTS`, or a node of int `[B, N]`, the number of
     each token's document, which never falls along a row. `own_documents`: the model itself keeps the call inside documents, so
@@ -104,6 +105,7 @@ class AttentionCall:
     own_nodes: tuple[tuple[fx.Node, Region], ...] = ()
     views: tuple[fx.Node, ...] = ()
     steps: Steps = ()
+    projection: tuple[fx.Node | None, ...] = ()
     unproved: Any = None
     doubt: Refusal | None = None
     mask_nodes: tuple[tuple[fx.Node, Region], ...] = ()

@@ -2,22 +2,20 @@
 
     out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same, with an AttentionCall in gm.meta
 
-Every spelling of the arguments is brought to one form. Attention that other functions compute is found too, and refused:
-a user must see each attention that stays dense, and why.
+Every spelling of the arguments is brought to one form. Attention that other functions compute is found by the passes that
+follow: a user must see each attention that stays dense, and why.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from ..kernels.torch_private import HigherOrderOperator
 from .call import CALLS, MODULE, AttentionCall
 from .regions import Region, regions
 
@@ -31,22 +29,14 @@ _SDPA = frozenset(
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _POSITIONAL = 6  # scale and enable_gqa are keyword-only
 
-# Other functions that compute attention. -> reason, remedy
-_OTHERS = {
-    "multi_head_attention_forward": (
-        "nn.MultiheadAttention computes its attention inside one function of PyTorch",
-        "use a module that calls scaled_dot_product_attention itself",
-    ),
-}
-
 
 def find_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
     """Put an `AttentionCall` for every attention into `gm.meta`, in graph order, subgraphs after their callers."""
     gm.meta[CALLS] = tuple(
-        call
+        _as_call(node, region)
         for region in regions(gm)
         for node in region.gm.graph.nodes
-        if node.op == "call_function" and (call := _as_call(node, region)) is not None
+        if is_attention(node)
     )
     return gm
 
@@ -56,14 +46,13 @@ def is_attention(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SDPA
 
 
-def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
-    found = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
-    if not is_attention(node):
-        name = _function_name(node.target)
-        return found.refuse(*_OTHERS[name]) if name in _OTHERS else None
+def _as_call(node: fx.Node, region: Region) -> AttentionCall:
     given: dict[str, Any] = dict(zip(_ARGUMENTS[:_POSITIONAL], node.args, strict=False)) | dict(node.kwargs)
-    return replace(
-        found,
+    return AttentionCall(
+        node=node,
+        region=region,
+        module=module_path(node),
+        source=source_line(node),
         query=given["query"],
         key=given["key"],
         value=given["value"],
@@ -73,12 +62,6 @@ def _as_call(node: fx.Node, region: Region) -> AttentionCall | None:
         scale=given.get("scale"),
         enable_gqa=given.get("enable_gqa", False),
     )
-
-
-def _function_name(target: Any) -> str:
-    if isinstance(target, HigherOrderOperator):
-        return str(target.name())
-    return str(getattr(target, "__name__", ""))
 
 
 def module_path(node: fx.Node) -> str:

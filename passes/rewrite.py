@@ -226,6 +226,8 @@ def _rewrite(
         for method, arguments in (*(_TOKEN_LAYOUT if call.kept_inside else ()), *call.steps):
             out = getattr(out, method)(*arguments)
             result = add(method, (result, *arguments), {}, out, "call_method")
+        if call.projection:
+            result = function(F.linear, result, *call.projection, value=fakes[node])
     node.replace_all_uses_with(result)
     graph.erase_node(node)
 

@@ -61,6 +61,17 @@ def reshaped(wanted: Wanted) -> Coordinates:
     return tuple(ORIGIN if is_one(size) else next(rest)[1] for size in before)
 
 
+def unflattened(wanted: Wanted) -> Coordinates:
+    """Several dimensions in the place of one."""
+    before, after = tensor_of(wanted.arguments["input"]).shape, tensor_of(wanted.node).shape
+    first = wanted.number("dim", 0) % len(before)
+    end = first + len(after) - len(before) + 1
+    place = wanted.coordinates[first]
+    for size, coordinate in zip(after[first + 1 : end], wanted.coordinates[first + 1 : end], strict=True):
+        place = place * integer(size) + coordinate
+    return (*wanted.coordinates[:first], place, *wanted.coordinates[end:])
+
+
 def transposed(first: str, second: str) -> Operation:
     """Two dimensions exchanged; the arguments that name them have these names."""
 

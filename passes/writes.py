@@ -134,7 +134,7 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(node.meta.get("example_value")) if isinstance(x, torch.Tensor)]
 
 
-_PURE_NAMES = frozenset({"cpu", "cuda", "normalize"})  # besides those that have a schema
+_PURE_NAMES = frozenset({"cpu", "cuda", "multi_head_attention_forward", "normalize"})  # besides those that have a schema
 _PURE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
     getattr(operator, name)
     for name in (

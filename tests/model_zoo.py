@@ -250,6 +250,6 @@ MODELS = {
     ),
     "BERT": Entry(build=bert, inputs=token_ids),
     "ViT": Entry(build=vit, inputs=images),
-    "nn.TransformerEncoderLayer": Entry(build=lambda: Stack(EncoderLayer), inputs=vectors, whole=_DENSE, layers=_DENSE),
-    "nn.MultiheadAttention": Entry(build=lambda: Stack(SelfAttention), inputs=vectors, whole=_DENSE, layers=_DENSE),
+    "nn.TransformerEncoderLayer": Entry(build=lambda: Stack(EncoderLayer), inputs=vectors),
+    "nn.MultiheadAttention": Entry(build=lambda: Stack(SelfAttention), inputs=vectors),
 }

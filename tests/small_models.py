@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -74,6 +77,19 @@ def twin(model, attend):
     copy = type(model)(len(model.layers), attend, model.checkpointing)
     copy.load_state_dict(model.state_dict())
     return copy.to(next(model.parameters()).dtype)
+
+
+@contextmanager
+def attending(attend):
+    """`F.multi_head_attention_forward` attends by this function, which itself calls PyTorch's attention."""
+    stock = F.scaled_dot_product_attention
+
+    def call(*args, **kwargs):
+        with mock.patch.object(F, "scaled_dot_product_attention", stock):
+            return attend(*args, **kwargs)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", call):
+        yield
 
 
 def inputs(batch=2, tokens=TOKENS, dtype=torch.float32):

@@ -35,6 +35,11 @@ def positions(**options):
     return torch.arange(N, **options)
 
 
+def in_rows(dim):
+    """The number of each column, by way of all places of a square."""
+    return torch.arange(N * N).unflatten(dim, (-1, N)) - N * positions()[:, None]
+
+
 def at_least(x):
     return x[:, None] >= x
 
@@ -247,6 +252,9 @@ RIGHT = {
     "logarithm": lambda: lower().log(),
     "isinf": lambda: ~square(-math.inf).triu(1).isinf(),
     "repeated rows": lambda: positions().repeat(N, 1) <= positions()[:, None],
+    "unflattened batch": lambda: by_arange(N).expand(2, N, N).unflatten(0, (1, -1)),
+    "unflattened positions": lambda: in_rows(0) <= positions()[:, None],
+    "unflattened positions, counted from behind": lambda: in_rows(-1) <= positions()[:, None],
     "repeated batch": lambda: by_arange(N)[None, None].repeat(1, 2, 1, 1),
     "comparisons by their long names": lambda: torch.greater_equal(positions()[:, None], positions()).logical_and(
         torch.less(positions(), N + positions()[:, None])

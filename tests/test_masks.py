@@ -117,6 +117,10 @@ OTHER = {
     "random": lambda: by_arange() & (torch.rand(N, N) > 0.1),
     "first row and column": lambda: torch.arange(N)[:, None] >= torch.arange(N).flip(0),
     "nothing": lambda: by_arange(2 * N)[:N, N:],
+    "places in a square": lambda: torch.arange(N * N).unflatten(0, (N, N)) <= torch.arange(N)[:, None],
+    "every other place in a square": lambda: (
+        torch.arange(N * N).unflatten(0, (N // 2, 2, N)).flatten(0, 1) % N <= torch.arange(N)[:, None] // 2 * 2
+    ),
     "reversed index": lambda: by_arange()[torch.arange(N)[:, None], (N - 1 - torch.arange(N))[None, :]],
     "negative index": lambda: by_arange()[(torch.arange(N) - 1)[:, None], torch.arange(N)[None, :]],
 }

@@ -65,13 +65,6 @@ def test_bidirectional_attention_and_values_of_another_width(is_causal, size_v):
     assert_same_gradients(lighthouse(model), oracle, x, **EXACT)
 
 
-def test_encoder_layer_stays_dense_and_says_why():
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, batch_first=True, dropout=0.0)
-    (call,) = explain(layer, inputs(), config=CONFIG).calls
-    assert not call.rewritten and "nn.MultiheadAttention" in call.reason
-    assert_same_gradients(lighthouse(layer), layer, inputs(), rtol=1e-5, atol=1e-6)
-
-
 # --- dropout ------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CONFIG, FIELDS, passes_only
+from small_models import CONFIG, FIELDS, attending, passes_only
 from torch.overrides import TorchFunctionMode
 
 import lighthouse_fx
@@ -28,6 +28,7 @@ from model_zoo import LAYERS, MODELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 WRITE = "LIGHTHOUSE_WRITE_MODELS"
+SDPA = F.scaled_dot_product_attention
 TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
 # One worker has all results for the page.
 pytestmark = pytest.mark.xdist_group("models")
@@ -94,7 +95,13 @@ class Functional(TorchFunctionMode):
         self.rewritten, self.groups, self.config, self.seen = rewritten, groups, config, 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
+        if function is F.multi_head_attention_forward:  # what it calls is not seen here
+            with attending(functools.partial(self.called, SDPA)):
+                return function(*args, **(kwargs or {}))
+        return self.called(function, *args, **(kwargs or {}))
+
+    def called(self, function, *args, **kwargs):
+        if function is not SDPA:
             return function(*args, **(kwargs or {}))
         self.seen += 1
         if not self.rewritten[self.seen - 1]:
