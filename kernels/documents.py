@@ -4,7 +4,7 @@ A row is cut into documents, runs of tokens; `starts` int32 `[B, N]` says for ea
 is *divided* where it holds tokens of more than one document.
 
 1. *Select.* Expanded before all others, at every level: each window that holds the first token of a document, and the window
-   after one that such a token divides. (What `keep_first` does for the first document: no token is left without output.)
+   after one that such a token divides, so that no token is left without output. (Whether a row's first is, says `keep_first`.)
    Where a tile has more of these than its quota, those that come first are expanded, and the rest is *crowded out*.
 2. *Gather.* A divided window that is an entry comes after all others, out of the order: nobody attends to it, and its output
    goes nowhere. The others lie document by document, the longest first, each in causal order.
@@ -43,6 +43,8 @@ def must_expand(starts: Tensor, pyramid: Pyramid) -> Tensor:
     """The windows above level 0 that are expanded before all others: bool `[B, P - N]`, numbered as windows are, less N."""
     place = torch.arange(starts.shape[-1], device=starts.device)
     first = (starts == place)[..., : pyramid.covered]
+    if not pyramid.keep_first:  # a row that is one document is as it would be without documents
+        first = first & (place > 0)[: pyramid.covered]
     wanted = [first[..., :0]]
     for level in range(1, pyramid.levels):
         tokens = first.unflatten(-1, (pyramid.windows(level), pyramid.pooling**level))

@@ -111,12 +111,26 @@ class Pyramid:
     @property
     def gathered(self) -> int:
         """Entries in the gathered sub-sequence, `S`, the same for every head."""
-        tail = self.length - self.covered
-        if self.coarse >= self.topk:  # every tile fills its quota; of a symbolic number of tiles nothing is divided by it
+        tail = self.length % self.widest
+        if self._fills_quotas:  # and nothing is divided by a number of tiles that may be symbolic
             return self.coarse + tail + (self.levels - 1) * self.pooling * self.topk
         smaller, larger_tiles = self.coarse // self.tiles, self.coarse % self.tiles
         in_tiles = (self.tiles - larger_tiles) * self._children(smaller) + larger_tiles * self._children(smaller + 1)
         return self.coarse + tail + in_tiles
+
+    @property
+    def _fills_quotas(self) -> bool:
+        """Whether every tile has as many windows as it may expand."""
+        if isinstance(self.topk, torch.SymInt):  # one that follows the length: no guard where its tiles surely have
+            return tokens_of_tile(self.quota_, levels=self.levels, pooling=self.pooling) >= self.quota_ * self.widest or bool(
+                self.coarse >= self.topk
+            )
+        return self.coarse >= self.topk
+
+    def gathered_below(self, length: float) -> float:
+        """More than are gathered of that length, whatever it is: linear in the length."""
+        expanded = length / 2 if isinstance(self.topk, torch.SymInt) else (self.levels - 1) * self.pooling * self.topk
+        return length / self.widest + self.widest + expanded
 
     def of_tile(self, windows: int) -> int:
         """Entries in a tile of so many coarsest windows."""

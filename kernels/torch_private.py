@@ -34,6 +34,7 @@ try:
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.autograd.graph import _engine_run_backward as run_backward
+    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import _disable_current_modes as without_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -47,12 +48,27 @@ except (ImportError, AttributeError) as error:
         f"lighthouse-fx does not know torch {torch.__version__}: {error}. Use torch 2.11 to 2.13, or a newer lighthouse-fx"
     ) from error
 
+_LARGEST = 1 << 62  # a size
 _LONGEST = 254  # bytes of a message that a device-side assertion takes
 
 
 def assert_async(holds: torch.Tensor, message: str) -> None:
     """Raise where a bool `[]` is False; on CUDA as a device-side assertion, which nobody waits for."""
     _assert_async(holds, message.encode()[:_LONGEST].decode(errors="ignore"))
+
+
+def bounds(size: int | torch.SymInt) -> tuple[int, int]:
+    """The least and the greatest value that a size may have, as far as that is known without a guard."""
+    if not isinstance(size, torch.SymInt):
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    least, most = (int(x) if x.is_Integer else None for x in (found.lower, found.upper))
+    return 0 if least is None else least, _LARGEST if most is None else min(most, _LARGEST)
+
+
+def is_unbacked(size: int | torch.SymInt) -> bool:
+    """Whether a size hangs on data, so that nothing can be guarded on it."""
+    return isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size)
 
 
 __all__ = [
@@ -75,6 +91,7 @@ __all__ = [
     "Source",
     "TracingContext",
     "assert_async",
+    "bounds",
     "compile_fx",
     "cudnn_attention_backward",
     "cudnn_attention_forward",

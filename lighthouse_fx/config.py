@@ -76,7 +76,7 @@ class LighthouseConfig:
                 f"{self.levels - 1} tokens, more than any sequence has: use fewer levels, such as levels=3"
             )
 
-    def keeps_too_much(self, gathered: int, length: int) -> bool:
+    def keeps_too_much(self, gathered: float, length: float) -> bool:
         """Whether so many entries are more than `max_kept` of so many tokens. Either may be symbolic."""
         # In small integers: the ratio of a float such as 0.8 is one of numbers that overflow where guards are compiled.
         share = Fraction(self.max_kept).limit_denominator(1_000_000)
@@ -130,6 +130,8 @@ def _integer_from(least: int, advice: str) -> Callable[[str, Any], None]:
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer, such as {advice}")
         if value < least:
             raise ValueError(f"{name}={value} is below {least}: give an integer of at least {least}, such as {advice}")
+        if value >= _WIDEST_WINDOW:
+            raise ValueError(f"{name}={value} is more than any sequence has tokens: give fewer, such as {advice}")
 
     return check
 

@@ -19,6 +19,7 @@ from ..kernels import Pyramid
 from ..kernels.documents import document_problem
 from ..kernels.geometry import half_of
 from ..kernels.shapes import shape_problem, tensor_problem
+from ..kernels.torch_private import bounds, is_unbacked
 from .call import (
     CALLS,
     DENSE,
@@ -134,6 +135,8 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         return call.refuse("the shapes of its arguments are not known in this graph")
     if _from_gather(call.query):
         return call.refuse("already Lighthouse attention, called by its functional form")
+    if any(is_unbacked(size) for x in (query, key, value) for size in x.shape):
+        return call.refuse("its sizes hang on data, so nothing is known of them before it runs", "pad to a size that is known")
     for name, x in (("query", query), ("key", key), ("value", value)):
         if problem := tensor_problem(name, x):
             return call.refuse(problem)
@@ -252,6 +255,19 @@ def _from_gather(node: Any) -> bool:
     return isinstance(node, fx.Node) and "lighthouse_fx" in str(node.target) and "gather" in str(node.target)
 
 
+def _surely_few(pyramid: Pyramid, config: LighthouseConfig) -> bool:
+    """Whether few enough are gathered at all lengths that a symbolic one may have, so that it needs no guard."""
+    if not isinstance(pyramid.length, torch.SymInt):
+        return False
+    return all(not config.keeps_too_much(pyramid.gathered_below(n), n) for n in bounds(pyramid.length))
+
+
+def _fewer(config: LighthouseConfig) -> str:
+    if config.topk:
+        return "use a smaller topk, or raise max_kept"
+    return f"give {'a smaller quota, ' if config.quota else ''}a topk, more levels or a larger pooling"
+
+
 def _in_functorch(node: fx.Node) -> bool:
     """Whether a transform (`torch.func.vmap`, `grad`, ...) is open at this node: Dynamo brackets it by these calls."""
     depth = 0
@@ -280,11 +296,11 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
             f"{constant(length)} tokens are fewer than one coarsest window of {pyramid.widest}",
             "use fewer levels or a smaller pooling factor",
         )
-    if config.keeps_too_much(gathered, length):
+    if not _surely_few(pyramid, config) and config.keeps_too_much(gathered, length):
         share = "" if isinstance(gathered, torch.SymInt) else f", {gathered / length:.0%} of the tokens,"
         return call.refuse(
             f"not worth it: {gathered} of {length} tokens{share} would be gathered, more than max_kept={config.max_kept}",
-            "use a smaller topk, or raise max_kept" if config.topk else "give a topk, more levels or a larger pooling",
+            _fewer(config),
         )
     # How many heads there are, and how wide, is the model's business. Where dynamic=True makes symbols of them, each becomes a
     # guard: Inductor (torch 2.11) fails on strides that hang on them.

@@ -113,7 +113,7 @@ def _rewrite(
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
     if call.kept_inside:
-        config = replace(config, levels=1)  # all tokens are entries
+        config = replace(config, levels=1, topk=1, quota=None)  # all tokens are entries, whatever the length
     pyramid = pyramid_over(fakes[q].shape[2], config)
     batch, groups = fakes[k].shape[:2]
 

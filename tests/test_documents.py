@@ -1,6 +1,8 @@
 """Packed documents: against brute force, nothing crosses a border, no token is left out, every way to say where they are."""
 
+import itertools
 import warnings
+from functools import partial
 
 import brute_documents as brute
 import pytest
@@ -152,6 +154,18 @@ def test_as_if_each_document_were_alone_where_all_is_kept():
     )  # one document is no document
 
 
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_rows_of_one_document_are_compiled_as_without_documents(keep_first):
+    """Also where window 0 has to be expanded for no document's sake."""
+    config = LighthouseConfig(levels=3, pooling=2, topk=2, keep_first=keep_first)
+    q, k, v = qkv(61)
+    numbers = torch.zeros(q.shape[0], 61, dtype=torch.int32)
+    form = partial(lighthouse_attention, is_causal=True, enable_gqa=True, config=config)
+    torch.testing.assert_close(form(q, k, v, documents=numbers), form(q, k, v), rtol=1e-9, atol=1e-9)
+    numbers[0, 40:] = 1  # the other row is what it was
+    torch.testing.assert_close(form(q, k, v, documents=numbers)[1:], form(q, k, v)[1:], rtol=1e-9, atol=1e-9)
+
+
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,9 +184,9 @@ def test_crowded_out_is_what_is_missing():
     """The count says whether every divided window was expanded."""
     for lengths in [(10, 23, 31), (3, 4, 5, 6, 7, 8, 31), (64,)]:
         numbers = numbered(*lengths)
-        for topk in (2, 4, 8, 16):
-            pyramid = Pyramid(length=64, levels=3, pooling=2, topk=topk)
-            options = 3, 2, topk, 0, True, "norm", 64, True, None, REVISION
+        for topk, keep_first in itertools.product((2, 4, 8, 16), (True, False)):
+            pyramid = Pyramid(length=64, levels=3, pooling=2, topk=topk, keep_first=keep_first)
+            options = 3, 2, topk, 0, keep_first, "norm", 64, True, None, REVISION
             starts = documents.starts_of(numbers)
             entries, _ = OPS.select(*qkv(64), *options, starts)
             windows = from_tensor(entries, 64, 3, 2)[0][0]

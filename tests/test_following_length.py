@@ -135,6 +135,73 @@ def test_heads_are_no_symbols():
     assert len(lighthouse_fx.reports()) == before + 2
 
 
+RANGES = [
+    (passes_only, {}, 2048, 8192),
+    (passes_only, {}, 1024, 1 << 20),
+    (passes_only, {"levels": 3, "topk": 64}, 2048, 8192),
+    ("lighthouse", {"topk": 64}, 2048, 8192),  # with a topk that follows the length Inductor itself guards on strides
+]
+
+
+@pytest.mark.parametrize(("backend", "fields", "least", "most"), RANGES)
+def test_a_length_that_is_said_to_be_in_a_range(backend, fields, least, most):
+    """No guard may be left that holds at every length of it: `mark_dynamic` takes that for one that does not."""
+    run = torch.compile(causal, backend=backend, fullgraph=True, options=fields)
+    before = len(lighthouse_fx.reports())
+    for length in (2100, 4097):
+        tensors = [torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2)]
+        for x in tensors:
+            torch._dynamo.mark_dynamic(x, 2, min=least, max=most)
+        form = lighthouse_attention(*tensors, is_causal=True, enable_gqa=True, config=LighthouseConfig(**fields))
+        torch.testing.assert_close(run(*tensors), form, rtol=1e-4, atol=1e-4)
+    assert [report.rewritten for report in lighthouse_fx.reports()[before:]] == [1]
+
+
+@given(
+    length=st.integers(8, 100_000),
+    topk=st.sampled_from([None, 1, 64, 1536]),
+    levels=st.integers(2, 4),
+    pooling=st.integers(2, 8),
+)
+def test_what_is_gathered_is_below_its_bound(length, topk, levels, pooling):
+    config = LighthouseConfig(levels=levels, pooling=pooling, topk=topk)
+    pyramid = pyramid_over(length, config)
+    assert pyramid.gathered < pyramid.gathered_below(length)
+    if topk is None and length >= 2 * (levels - 1) * pooling * 128:  # as of a length that is a symbol
+        assert pyramid.gathered < length / pyramid.widest + pyramid.widest + length / 2
+
+
+def test_a_length_that_hangs_on_data_stays_dense():
+    def packed(x, wanted):
+        x = x[:, torch.nonzero(wanted)[:, 0]]
+        torch._check(x.shape[1] >= 64)
+        torch._check(x.shape[1] <= 190)
+        q, k, v = (x[:, None] * scale for scale in (1.0, 2.0, 3.0))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    x, wanted = torch.randn(1, 200, 8, requires_grad=True), torch.arange(200) % 3 > 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        run = torch.compile(packed, backend=passes_only, fullgraph=True)
+        torch.testing.assert_close(run(x, wanted), packed(x, wanted))
+    (call,) = lighthouse_fx.reports()[-1].calls
+    assert not call.rewritten and "hang on data" in call.reason
+
+
+@pytest.mark.parametrize("mode", ["dense", "eval"])
+def test_dense_attention_inside_documents_has_no_graph_for_a_quota(mode):
+    run = torch.compile(causal, backend=passes_only, fullgraph=True, dynamic=True)
+    before = len(lighthouse_fx.reports())
+    for length in (1100, 1030, 600, 100):
+        numbers = (torch.arange(length) > 33).int().expand(2, -1).contiguous()
+        on = lighthouse_fx.dense() if mode == "dense" else torch.no_grad()
+        with on, lighthouse_fx.documents(numbers):
+            q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
+            seen = (numbers[:, :, None] == numbers[:, None, :]).tril()[:, None]
+            expected = F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+            torch.testing.assert_close(run(q, k, v), expected, rtol=1e-4, atol=1e-5)
+    assert len(lighthouse_fx.reports()) == before + 1
+
+
 def test_guards_that_are_compiled():
     """In C++ they have 64 bits, and are not evaluated in order."""
     with torch._dynamo.config.patch(enable_cpp_symbolic_shape_guards=True):
