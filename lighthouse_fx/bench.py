@@ -31,13 +31,29 @@ from .passes.check import pyramid_over
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerShape:
-    """An attention layer: `N` tokens, `H` query heads, `G` key/value heads of `D`, in one batch row and type."""
+    """An attention layer: `N` tokens, `H` query heads, `G` key/value heads of `D`, in one batch row and type.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
 
     length: int
     heads: int = 8
     groups: int = 8
     dim: int = 128
     dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("length", "heads", "groups", "dim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: give an integer of at least 1")
+        if self.heads % self.groups:
+            raise ValueError(
+                f"groups={self.groups} does not divide heads={self.heads}: give a divisor, as many as the model has"
+            )
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype={self.dtype!r}: give 'bfloat16', 'float16' or 'float32'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

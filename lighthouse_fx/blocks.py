@@ -135,7 +135,7 @@ def _dense(config: LighthouseConfig, names: Sequence[str]) -> set[str]:
     if len(dense) == len(names):
         raise ValueError(
             f"dense_layers={config.dense_layers} keeps all {len(names)} blocks dense: leave some out, such as "
-            "dense_layers=(0, -1)"
+            f"dense_layers={(0, -1) if len(names) > 2 else ()}"
         )
     return dense
 

@@ -69,6 +69,8 @@ def _pair(name: str, made: Any) -> tuple[Any, tuple[Any, ...]]:
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         raise TypeError(f"{name!r} returned a {type(made).__name__}: it has to return (model, inputs)")
     model, inputs = made
+    if isinstance(inputs, dict):
+        raise TypeError(f"{name!r} returned a dict as inputs: give a tensor, or a tuple of what the model is called with")
     return model, inputs if isinstance(inputs, tuple) else (inputs,)
 
 

@@ -45,7 +45,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--topk", type=int, metavar="K", help="windows expanded per level; default: for half of the sequence")
     group.add_argument("--scorer", choices=SCORERS, help="what ranks windows")
     group.add_argument("--max-kept", type=float, metavar="SHARE", help="dense where more of the tokens would be gathered")
-    group.add_argument(
+    add_dense_layers(group)
+
+
+def add_dense_layers(parser: Any) -> None:
+    """Which layers stay dense."""
+    parser.add_argument(
         "--dense-layers", nargs="*", type=_layer, metavar="LAYER", help="layers that stay dense: numbers (-1: the last), names"
     )
 

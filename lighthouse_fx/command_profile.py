@@ -14,6 +14,7 @@ from . import profile_figures
 from .bench import check_gathers
 from .command_options import (
     add_command,
+    add_dense_layers,
     add_device,
     add_layer,
     add_pyramid,
@@ -57,9 +58,10 @@ lighthouse profile --length 1024 --topk 32 --dtype float32 --device cpu
     parser.add_argument("--length", type=at_least_one, default=32_768, metavar="N", help="tokens; default: 32768")
     add_layer(parser)
     parser.add_argument(
-        "--layers", type=int, default=8, metavar="COUNT", help="of the Llama, its first and last dense; default: 8"
+        "--layers", type=at_least_one, default=8, metavar="COUNT", help="of the Llama, its first and last dense; default: 8"
     )
     add_pyramid(parser, topk_default="1024; of a model of yours all three are those of LighthouseConfig()")
+    add_dense_layers(parser)
     parser.add_argument("--steps", type=int, default=3, metavar="COUNT", help="to record of each kind; default: 3")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="to compare with; default: a large matrix product's")
     parser.add_argument("--peak-bandwidth-tb", type=float, metavar="X", help="the same in TB/s; default: a large copy's")
@@ -93,7 +95,8 @@ def _step(options: argparse.Namespace, device: torch.device) -> Step:
         model, inputs = _called(options.model)
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         moved = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs)
-        return model_step(model.to(device), moved, _of_model(options, model))
+        config = _of_model(options, model)
+        return model_step(model.to(device), moved, config, dense_layers=options.dense_layers)
     config = pyramid_of(options, topk=1024)
     shape = layer_of(options, options.length)
     check_gathers(shape.length, config, config.max_kept)
@@ -106,9 +109,9 @@ def _step(options: argparse.Namespace, device: torch.device) -> Step:
 
 def _of_model(options: argparse.Namespace, model: torch.nn.Module) -> LighthouseConfig:
     given = config_from(options, model)
-    if given is not None and is_compiled(model):
-        raise ValueError(f"MODEL={options.model!r} is compiled, with options of its own: leave out --levels, --pooling, --topk")
-    return given or LighthouseConfig()
+    if (given is not None or options.dense_layers is not None) and is_compiled(model):
+        raise ValueError(f"MODEL={options.model!r} is compiled, with options of its own: leave out those given here")
+    return replace(given, dense_layers=()) if given else LighthouseConfig()
 
 
 def _with_peaks(card: Card, options: argparse.Namespace) -> Card:
@@ -122,6 +125,6 @@ def _with_peaks(card: Card, options: argparse.Namespace) -> Card:
 def _called(name: str) -> tuple[Any, Any]:
     """What `module:function` returns: the model and its inputs."""
     made = call_function(name)
-    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module):
-        raise TypeError(f"MODEL={name!r} returned a {type(made).__name__}: it has to return (model, inputs)")
+    if not isinstance(made, tuple) or len(made) != 2 or not isinstance(made[0], torch.nn.Module) or isinstance(made[1], dict):
+        raise TypeError(f"MODEL={name!r} returned a {type(made).__name__}: it has to return (model, inputs), inputs in a tuple")
     return made

@@ -24,7 +24,7 @@ class LighthouseConfig:
         pooling: pooling factor `p >= 2` between levels.
         topk: windows expanded per level over the whole sequence, `k >= 1`; None: it follows the length, so that half of the
             sequence is expanded, `k = N / (2 p (L - 1))`, rounded down to whole tiles: half at multiples of 1,024 tokens with
-            two levels and pooling 4, a quarter at least.
+            two levels and pooling 4, a quarter at least; less where deep or coarse pyramids have no windows for it.
         quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128, and of a topk that
             follows the length 128, or 16 or 2 where the sequence is too short for that.
         keep_first: always expand window 0, so that no token is left without output.

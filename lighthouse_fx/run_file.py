@@ -103,6 +103,13 @@ def read_run(path: str | Path) -> RunData:
     """
     path = Path(path)
     lines, torn = _objects(path)
+    try:
+        return _as_run(path, lines, torn)
+    except (TypeError, KeyError, AttributeError) as error:  # a line of JSON, and not what RunLog writes
+        raise ValueError(f"path={str(path)!r} holds a line that RunLog did not write ({error}): give a log as it was") from None
+
+
+def _as_run(path: Path, lines: list[dict[str, Any]], torn: int) -> RunData:
     if not lines or lines[0].get("kind") != "run":
         raise ValueError(
             f"path={str(path)!r} is no log of a run: its first line is no header; give a file that RunLog wrote"

@@ -48,6 +48,8 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
         The report: `print(report)`, `report.calls`, `report.graphs`, `report.save("graph.html")`. `report.notes` says
         what it could not find out.
     """
+    if not callable(model):
+        raise TypeError(f"model={model!r} is a {type(model).__name__}: give a Module or a function")
     if config is not None and not isinstance(config, LighthouseConfig):
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
     setting = setting_of(model)

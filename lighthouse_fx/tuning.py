@@ -191,7 +191,7 @@ def _recommended(
     usable = tried or [c for c in found if not c.failure]
     if not usable or (not tried and len(usable) < len(found)):
         return None, "no pyramid could be measured" if found else "the sequence is too short for any pyramid", (
-            "give a longer sequence, or measure=0 to have the cost predicted"
+            "give a longer sequence" + (", or measure=0 (--predict) to have the cost predicted" if found else "")
         )
     fast = [c for c in usable if c.milliseconds <= share * dense]
     if not fast:
@@ -260,14 +260,6 @@ def _measured(candidate: Candidate, shape: LayerShape, device: torch.device) -> 
 def _check(shape: Any, *, share: Any, memory: Any, card: Any, measure: Any, seconds: Any) -> None:
     if not isinstance(shape, LayerShape):
         raise TypeError(f"shape={shape!r} is a {type(shape).__name__}: give a LayerShape, or shape_of(model, length)")
-    for name in ("length", "heads", "groups", "dim"):
-        value = getattr(shape, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: give an integer of at least 1")
-    if shape.heads % shape.groups:
-        raise ValueError(f"groups={shape.groups} does not divide heads={shape.heads}: give a divisor, as many as the model has")
-    if shape.dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype={shape.dtype!r}: give 'bfloat16', 'float16' or 'float32'")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ValueError(f"share={share!r} is not in (0, 1]: give a share of dense attention's time, such as 0.1")
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):

@@ -387,3 +387,23 @@ def test_scalars_for_tensorboard(two_stages, tmp_path):
     assert scalars["loss/training_lighthouse"].keys() == {0, 1, 2, 3}
     assert scalars["loss/training_dense"] == {s.step: pytest.approx(s.loss) for s in run.steps[4:]}
     assert scalars["attention/flops_saved"][0] == pytest.approx(run.steps[0].saved_flops)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '{"kind": "run", "format": "x"}',
+        '{"kind": "run", "format": 1}\n{"kind": "step"}',
+        '{"kind": "run", "format": 1}\n{"kind": "step", "step": 0, "stage": "dense", "colour": 1}',
+        '{"kind": "run", "format": 1}\n{"kind": "validation", "step": 3}',
+        '{"kind": "run", "format": 1}\n{"kind": "event"}',
+    ],
+)
+def test_a_line_that_is_not_the_logs(lines, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(lines + "\n", encoding="utf-8")
+    if "colour" in lines:  # a newer version of the same format may have more to say
+        assert read_run(path).steps[0].stage == "dense"
+        return
+    with pytest.raises(ValueError, match="holds a line that RunLog did not write"):
+        read_run(path)

@@ -29,6 +29,9 @@ def pair():
 def deep_pair():
     return model(num_hidden_layers=5), torch.zeros(1, 128, dtype=torch.long)
 
+def with_a_dict():
+    return model(), {{"input_ids": torch.zeros(1, 128, dtype=torch.long)}}
+
 def compiled_pair():
     import lighthouse_fx
     config = lighthouse_fx.LighthouseConfig(levels=3, pooling=2, topk=8)
@@ -162,13 +165,43 @@ def test_a_model_that_stays_dense_is_not_profiled(here, capsys):
     said = capsys.readouterr().err
     assert "1 Lighthouse blocks ran no rewritten attention" in said and "not worth it" in said
     assert main(["profile", f"{here}:compiled_pair", "--topk", "8", "--device", "cpu"]) == 2
-    assert "compiled, with options of its own: leave out --levels, --pooling, --topk" in capsys.readouterr().err
+    assert "compiled, with options of its own: leave out those given here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_model_is_profiled_under_the_default(here, capsys):
     assert main(["profile", f"{here}:deep_pair", "--device", "cpu", "--steps", "1"]) == 0
     assert "selection" in capsys.readouterr().out
+    few = ["profile", f"{here}:pair", "--device", "cpu", "--steps", "1"]
+    assert main(few) == 2
+    assert "keeps all 3 blocks dense: leave some out, such as dense_layers=(0, -1)" in capsys.readouterr().err
+    assert main([*few, "--dense-layers"]) == 0
+    assert "selection" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bench --heads 3 --groups 2", "groups=2 does not divide heads=3"),
+        ("bench --heads 0", "heads=0: give an integer of at least 1"),
+        ("profile --dim -3", "dim=-3: give an integer of at least 1"),
+        ("profile --groups 0", "groups=0: give an integer of at least 1"),
+        ("tune 1 --predict", "Give a longer sequence"),
+    ],
+)
+def test_a_layer_that_there_is_not(command, said, capsys):
+    name, *rest = command.split()
+    short = {"bench": ["--lengths", "256", "--device", "cpu"], "profile": ["--length", "256", "--device", "cpu"]}
+    assert main([name, *rest, *short.get(name, [])]) != 0
+    captured = capsys.readouterr()
+    assert said in captured.err + captured.out and "measure=0" not in captured.out
+
+
+@pytest.mark.parametrize("command", ["explain", "profile --device cpu"])
+def test_inputs_that_are_no_tuple(command, here, capsys):
+    name, *rest = command.split()
+    assert main([name, f"{here}:with_a_dict", *rest]) == 2
+    assert "tuple" in capsys.readouterr().err
 
 
 @pytest.mark.slow
