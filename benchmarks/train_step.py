@@ -24,12 +24,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.nn.attention import sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
-from lighthouse_fx.kernels.inner import preferred
+from lighthouse_fx.kernels.inner import in_order, preferred
 from lighthouse_fx.machine import describe
 
 HERE = Path(__file__).resolve().parent
@@ -91,7 +90,7 @@ def measure(args: argparse.Namespace, name: str, config: LighthouseConfig | None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    fastest = sdpa_kernel(preferred(torch.device(args.device)), set_priority=True) if on_gpu else nullcontext()
+    fastest = in_order(preferred(torch.device(args.device))) if on_gpu else nullcontext()
     with fastest:
         for _ in track(range(args.steps + 2), description=f"{name} steps", console=Console(stderr=True), transient=True):
             start = time.perf_counter()

@@ -8,12 +8,15 @@ through it to the one aten op that was chosen, so the choice holds forward and b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .torch_private import sdp_priority_order, set_sdp_priority_order
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -48,6 +51,20 @@ def preferred(device: torch.device) -> list[SDPBackend]:
 def _order(device: torch.device) -> list[str]:
     first = ("cudnn", "flash") if torch.cuda.get_device_capability(device) >= _HOPPER else ("flash", "cudnn")
     return [name for name in (*first, "efficient", "math") if _ALLOWED[name]()]
+
+
+@contextmanager
+def in_order(kernels: list[SDPBackend]) -> Iterator[None]:
+    """Stock attention by the first of these kernels that can, as `sdpa_kernel(kernels, set_priority=True)`.
+
+    Where one of the others is switched off, PyTorch leaves its order behind; here it is what it was.
+    """
+    before = sdp_priority_order()
+    try:
+        with sdpa_kernel(kernels, set_priority=True):
+            yield
+    finally:
+        set_sdp_priority_order(before)
 
 
 def resolved(device: torch.device, kernel: str) -> str:
@@ -85,7 +102,7 @@ def _attention(
     if kernel == "flash-attn":
         return _by_flash_attn(query, key, value, dropout_p, is_causal, scale)
     try:
-        with sdpa_kernel([_BACKENDS[name] for name in kernel.split(",")], set_priority=True):
+        with in_order([_BACKENDS[name] for name in kernel.split(",")]):
             return run()
     except RuntimeError as error:
         raise RuntimeError(

@@ -11,8 +11,10 @@ import torch
 
 try:
     from torch import _assert_async
+    from torch._C import _get_sdp_priority_order as sdp_priority_order
     from torch._C import _has_storage as has_storage
     from torch._C import _set_grad_enabled as set_grad_enabled
+    from torch._C import _set_sdp_priority_order as set_sdp_priority_order
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.eval_frame import OptimizedModule
     from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext
@@ -104,7 +106,9 @@ __all__ = [
     "list_options",
     "pytree",
     "run_backward",
+    "sdp_priority_order",
     "set_grad_enabled",
+    "set_sdp_priority_order",
     "trace_structured",
     "without_modes",
 ]

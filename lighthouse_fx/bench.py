@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from . import timing
 from .config import LighthouseConfig
 from .extras import new_figure, save_figure
 from .functional import lighthouse_attention
 from .kernels import Pyramid, reference
-from .kernels.inner import preferred
+from .kernels.inner import in_order, preferred
 from .passes.check import pyramid_over
 
 
@@ -295,7 +294,7 @@ def fastest_attention(device: torch.device) -> AbstractContextManager[Any]:
     """The stock attention that kernel="auto" prefers, for what is compared with: no straw man."""
     if device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel(preferred(device), set_priority=True)
+    return in_order(preferred(device))
 
 
 def traffic(shape: LayerShape, gathered: int) -> int:

@@ -13,6 +13,7 @@ from small_models import (
     Block,
     Model,
     assert_same_gradients,
+    causal,
     functional,
     gradients,
     inputs,
@@ -20,9 +21,11 @@ from small_models import (
     twin,
 )
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig
+from lighthouse_fx import LighthouseConfig, lighthouse_attention
+from lighthouse_fx.kernels.torch_private import sdp_priority_order
 
 STRICT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -350,3 +353,16 @@ def test_every_field_of_the_config_counts(scorer, is_causal, scale):
     oracle = found(lambda q, k, v: lighthouse_fx.lighthouse_attention(q, k, v, config=config, **arguments))
     for one, other in zip(ours, oracle, strict=True):
         torch.testing.assert_close(one, other, **STRICT)
+
+
+@pytest.mark.parametrize("kernel", ["math", pytest.param("auto", marks=pytest.mark.gpu)])
+def test_the_order_of_stock_kernels_is_left_as_it_was(kernel):
+    """PyTorch's own `sdpa_kernel` changes it for good where a kernel is switched off at the time."""
+    q = torch.randn(1, 2, 40, 8, device="cuda" if kernel == "auto" else "cpu", requires_grad=True)
+    before = sdp_priority_order()
+    with sdpa_kernel(SDPBackend.MATH):
+        lighthouse_attention(q, q, q, is_causal=True, config=LighthouseConfig(kernel=kernel)).sum().backward()
+        run = torch.compile(lambda q: causal(q, q, q), backend="lighthouse", options={"kernel": kernel}, fullgraph=True)
+        run(q).sum().backward()
+    assert lighthouse_fx.reports()[-1].rewritten == 1
+    assert sdp_priority_order() == before

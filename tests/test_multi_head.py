@@ -330,12 +330,13 @@ def test_gpu_encoder_layers(dynamic):
             super().__init__()
             kind = partial(nn.TransformerEncoderLayer, 256, 4, 256, dropout=0.0, batch_first=True)
             self.layers = nn.ModuleList(kind() for _ in range(2))
+            self.weight = nn.Parameter(torch.randn(256))  # the squares of a norm's output have no gradient to speak of
 
         def forward(self, x):
             mask = mask_of(x, x.shape[1]).to(x.device)
             for layer in self.layers:
                 x = layer(x, mask, is_causal=True)
-            return x
+            return x * self.weight
 
     torch.manual_seed(0)
     model = Model().to("cuda", torch.bfloat16)
