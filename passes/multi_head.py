@@ -122,8 +122,11 @@ class _Put:
         """Under autocast it runs in another dtype than its arguments have: `dtype`."""
         with self._before.graph.inserting_before(self._before):
             node = self._before.graph.call_function(F.linear, (x, weight, bias))
-        tensors = [None if (tensor := fake(n)) is None else tensor.to(dtype) for n in (x, weight, bias)]
-        return self._known(node, F.linear(*tensors))  # type: ignore[arg-type]
+        given, matrix = fake(x), fake(weight)
+        assert given is not None and matrix is not None, "arguments of a traced function"
+        with torch.no_grad():  # not by running it, which torch 2.11 does not do for a symbolic length
+            value = given.new_empty((*given.shape[:-1], matrix.shape[0]), dtype=dtype)
+        return self._known(node, value.requires_grad_(given.requires_grad or matrix.requires_grad))
 
     def _known(self, node: fx.Node, value: Tensor) -> fx.Node:
         node.meta = {**place_of(self._before), "example_value": value}
