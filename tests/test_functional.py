@@ -23,7 +23,7 @@ CASES = [
     ((2, 1, 1, 16, 4, 4), dict(levels=3, pooling=4, topk=1)),
     ((1, 3, 3, 45, 4, 4), dict(levels=5, pooling=2, topk=6, quota=3)),
     ((1, 4, 2, 73, 3, 3), dict(levels=2, pooling=8, topk=4)),
-    ((1, 2, 1, 9, 4, 4), dict(levels=2, pooling=2, topk=1536)),  # everything is expanded
+    ((1, 2, 1, 9, 4, 4), dict(levels=2, pooling=2, topk=16)),  # everything is expanded
     ((1, 2, 1, 19, 4, 4), dict(levels=1, pooling=3, topk=2)),  # no pyramid: dense attention
 ]
 
