@@ -7,7 +7,8 @@ here, for the same reason, except that eval mode, missing gradients (frozen laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,17 @@ from .report import AttentionRecord, record
 from .tracing import compile_anew
 
 _WITHOUT_GRADIENTS = Refusal(reason="gradients are off")
+
+
+@contextmanager
+def _as_with_gradients() -> Iterator[None]:
+    """PyTorch's own Transformer layers have a fast path without gradients, which is another function."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class AsTrained:
@@ -50,7 +62,8 @@ class AsTrained:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls = []
-        return self._call(*args, **kwargs)
+        with _as_with_gradients():
+            return self._call(*args, **kwargs)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend: the passes of training, over a graph that is traced without gradients."""

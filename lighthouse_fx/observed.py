@@ -58,6 +58,8 @@ class Observer:
         """Take a call over, and its gradients once they are there."""
         if not self.forward:
             return
+        if call.out is not None:
+            call.out = call.out.detach().clone()  # the model may write to it afterwards
         self.calls.append(call)
         for name, x in zip(("query", "key", "value"), call.tensors, strict=False):
             if x.requires_grad:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from .elements import is_one
 from .regions import regions
 from .rows import BATCH, TOKEN, origin, place_in
 from .writes import memories, target_of_write
+
+_TRIED = 1 << 16  # lengths at most that are tried one by one
 
 
 def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
@@ -255,11 +258,20 @@ def _from_gather(node: Any) -> bool:
     return isinstance(node, fx.Node) and "lighthouse_fx" in str(node.target) and "gather" in str(node.target)
 
 
-def _surely_few(pyramid: Pyramid, config: LighthouseConfig) -> bool:
-    """Whether few enough are gathered at all lengths that a symbolic one may have, so that it needs no guard."""
-    if not isinstance(pyramid.length, torch.SymInt):
-        return False
-    return all(not config.keeps_too_much(pyramid.gathered_below(n), n) for n in bounds(pyramid.length))
+def _too_many(pyramid: Pyramid, config: LighthouseConfig) -> bool:
+    """Whether more are gathered than is worth it. No guard where a symbolic length cannot change that."""
+    if isinstance(pyramid.length, torch.SymInt):
+        least, most = bounds(pyramid.length)
+        if all(not config.keeps_too_much(pyramid.gathered_below(n), n) for n in (least, most)):
+            return False
+        if most - least < _TRIED and _always_too_many(config, least, most):
+            return True
+    return config.keeps_too_much(pyramid.gathered, pyramid.length)
+
+
+@cache
+def _always_too_many(config: LighthouseConfig, least: int, most: int) -> bool:
+    return all(config.keeps_too_much(pyramid_over(n, config).gathered, n) for n in range(least, most + 1))
 
 
 def _fewer(config: LighthouseConfig) -> str:
@@ -296,7 +308,7 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
             f"{constant(length)} tokens are fewer than one coarsest window of {pyramid.widest}",
             "use fewer levels or a smaller pooling factor",
         )
-    if not _surely_few(pyramid, config) and config.keeps_too_much(gathered, length):
+    if _too_many(pyramid, config):
         share = "" if isinstance(gathered, torch.SymInt) else f", {gathered / length:.0%} of the tokens,"
         return call.refuse(
             f"not worth it: {gathered} of {length} tokens{share} would be gathered, more than max_kept={config.max_kept}",

@@ -28,6 +28,8 @@ from .products import Unclear
 from .regions import Region, regions
 
 _KEEP = "use a module that calls scaled_dot_product_attention itself"
+# What these layers are computed by without gradients, as far as PyTorch's fast path is on.
+_FUSED = frozenset({torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention})
 _SEQUENCE_FIRST: Steps = (("permute", (2, 0, 1, 3)), ("flatten", (2,)), ("contiguous", ()))  # [B, H, N, D] -> [N, B, E]
 # Arguments that have to be as here -> what they do otherwise, what to do about it
 _PLAIN: Mapping[str, tuple[Any, str, str]] = {
@@ -49,9 +51,18 @@ def find_multi_head(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     for region in regions(gm):
         nodes = list(region.gm.graph.nodes)
         found += [_understood(node, region) for node in nodes if node.target is F.multi_head_attention_forward]
+        found += [_fused(node, region) for node in nodes if node.target in _FUSED]
         order += nodes
     add_calls(gm, found, order)
     return gm
+
+
+def _fused(node: fx.Node, region: Region) -> AttentionCall:
+    call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
+    return call.refuse(
+        "without gradients PyTorch computes the layer by one operator, its fast path",
+        "torch.backends.mha.set_fastpath_enabled(False)",
+    )
 
 
 def _understood(node: fx.Node, region: Region) -> AttentionCall:
@@ -81,12 +92,15 @@ def _as_call(call: AttentionCall, given: Mapping[str, Any], views: list[fx.Node]
         raise Unclear("is given one sequence without a batch", "give it a batch of one, x[None]")
     if not isinstance(given["is_causal"], bool) or not isinstance(given["training"], bool):
         raise Unclear("is called with an is_causal or a training that is computed in the graph", "give True or False")
+    if given["key"] is given["value"] is not given["query"]:
+        raise Unclear("attends from one sequence to another, as cross-attention")
     put = _Put(call.node, views)
     if given["is_causal"]:  # the function takes this on trust and reads no mask, and so does what replaces it
         mask = None
     elif mask is not None:
         hides = fake(mask)
-        if hides is None or hides.dtype != like.dtype:
+        asks = fake(given["query"])
+        if hides is None or asks is None or hides.dtype not in (like.dtype, asks.dtype):  # under autocast they differ
             raise Unclear("is called with a mask of another dtype than its tensors", "give a mask of their dtype")
         if hides.dim() == 3:  # [B H, N, N]
             mask = put("unflatten", mask, 0, (-1, given["num_heads"]))

@@ -273,7 +273,7 @@ OPERATIONS: dict[str, Operation] = _CREATORS | {
     **dict.fromkeys(
         ("unsqueeze", "squeeze", "view", "reshape", "view_as", "reshape_as"), (view(reshaped), ("input", REST))
     ),
-    "unflatten": (view(unflattened), ("input", "dim", REST)),
+    "unflatten": (view(unflattened), ("input", "dim", "sizes", REST)),
     "repeat": (repeated, ("input", REST)),
     **dict.fromkeys(("t", ".T"), (view(matrix_transposed), ("input", REST))),
     ".mT": (view(last_two_swapped), ("input", REST)),

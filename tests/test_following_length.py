@@ -157,6 +157,19 @@ def test_a_length_that_is_said_to_be_in_a_range(backend, fields, least, most):
     assert [report.rewritten for report in lighthouse_fx.reports()[before:]] == [1]
 
 
+@pytest.mark.parametrize(
+    ("fields", "least", "most"),
+    [({"levels": 3, "topk": 1536}, 64, 2048), ({"levels": 2, "topk": 4, "max_kept": 0.3}, 20, 70)],
+)
+def test_a_range_in_which_it_is_never_worth_it(fields, least, most):
+    run = torch.compile(causal, backend=passes_only, fullgraph=True, options=fields)
+    q = torch.randn(1, 2, 66, 8, requires_grad=True)
+    torch._dynamo.mark_dynamic(q, 2, min=least, max=most)
+    torch.testing.assert_close(run(q, q, q), causal(q, q, q))
+    (call,) = lighthouse_fx.reports()[-1].calls
+    assert not call.rewritten and "not worth it" in call.reason
+
+
 @given(
     length=st.integers(8, 100_000),
     topk=st.sampled_from([None, 1, 64, 1536]),

@@ -253,6 +253,7 @@ RIGHT = {
     "isinf": lambda: ~square(-math.inf).triu(1).isinf(),
     "repeated rows": lambda: positions().repeat(N, 1) <= positions()[:, None],
     "unflattened batch": lambda: by_arange(N).expand(2, N, N).unflatten(0, (1, -1)),
+    "unflattened by name": lambda: torch.unflatten(by_arange(N)[None], dim=0, sizes=(1, 1)),
     "unflattened positions": lambda: in_rows(0) <= positions()[:, None],
     "unflattened positions, counted from behind": lambda: in_rows(-1) <= positions()[:, None],
     "repeated batch": lambda: by_arange(N)[None, None].repeat(1, 2, 1, 1),

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
+from lighthouse_fx.as_trained import AsTrained
 from lighthouse_fx.passes import CALLS, run_passes
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -189,6 +190,54 @@ def test_cross_attention_stays_dense():
     assert "cross-attention" in found.refusal.reason
 
 
+def test_attention_to_another_sequence_of_the_same_input_stays_dense():
+    layer = Layer(partial(plainly, others=lambda x: (memory := x.sin(), memory)), batch_first=True)
+    _, found = only_call(layer, inputs())
+    assert "cross-attention" in found.refusal.reason
+
+
+class Encoder(nn.Module):
+    """A part of a model, compiled as a whole."""
+
+    def __init__(self):
+        super().__init__()
+        kind = nn.TransformerEncoderLayer(WIDTH, HEADS, 48, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(kind, 2)
+
+    def forward(self, x):
+        return self.encoder(x, mask_of(x, x.shape[1]), is_causal=True)
+
+
+def test_the_fast_path_without_gradients_is_listed_and_named_to_documents():
+    model, x = Encoder().eval(), inputs()
+    run = torch.compile(model, backend=passes_only, options=FIELDS)
+    numbers = (torch.arange(TOKENS) >= 30).int().expand(2, -1).contiguous()
+    with torch.no_grad(), lighthouse_fx.documents(numbers), pytest.warns(UserWarning, match="does not heed it"):
+        run(x)
+    calls = lighthouse_fx.reports()[-1].calls
+    assert len(calls) == 2 and all("fast path" in call.reason for call in calls)
+
+
+def test_budget_control_and_validation_look_behind_the_fast_path():
+    model, x = Encoder(), inputs()
+    as_trained = AsTrained(model.eval(), CONFIG)
+    before = torch.backends.mha.get_fastpath_enabled()
+    as_trained(x)
+    assert [call.rewritten for call in as_trained.calls] == [True, True]
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_verify_of_an_output_that_is_written_to():
+    def added(attention, x):
+        out = plainly(attention, x, mask=lambda m: m, is_causal=True)
+        out += x
+        return out
+
+    torch.manual_seed(0)
+    verification = lighthouse_fx.verify(Layer(added, batch_first=True), inputs(), config=CONFIG)
+    assert verification.passed and "ops and their plain twins" in str(verification)
+
+
 def test_the_hint_is_taken_on_trust_as_pytorch_takes_it():
     """PyTorch reads no mask where it is told is_causal=True, so neither does what replaces it."""
     call = partial(plainly, mask=lambda m: m.T, is_causal=True)
@@ -263,6 +312,10 @@ def test_under_autocast_it_computes_in_bfloat16():
     out = run(x)
     (call,) = lighthouse_fx.reports()[-1].calls
     assert call.rewritten and call.dtype == "bfloat16" and out.dtype == torch.bfloat16
+    for mask in (hidden, lambda m: m):  # of the input's dtype, which is another
+        layer.call = partial(plainly, mask=mask)
+        torch.testing.assert_close(torch.compile(Cast(), backend=passes_only, options=FIELDS, fullgraph=True)(x), out)
+        assert lighthouse_fx.reports()[-1].rewritten == 1
     layer.call = partial(plainly, mask=lambda m: m.bfloat16(), is_causal=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         twin = Twin(layer, True)
