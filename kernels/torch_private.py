@@ -11,6 +11,8 @@ import torch
 
 try:
     from torch import _assert_async
+    from torch import _native_multi_head_attention as fused_multi_head_attention
+    from torch import _transformer_encoder_layer_fwd as fused_encoder_layer
     from torch._C import _get_sdp_priority_order as sdp_priority_order
     from torch._C import _has_storage as has_storage
     from torch._C import _set_grad_enabled as set_grad_enabled
@@ -100,6 +102,8 @@ __all__ = [
     "dynamo_config",
     "flash_attention_backward",
     "flash_attention_forward",
+    "fused_encoder_layer",
+    "fused_multi_head_attention",
     "has_storage",
     "is_traceable_wrapper_subclass",
     "list_mode_options",

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..kernels.torch_private import fused_encoder_layer, fused_multi_head_attention
 from .call import AttentionCall, Steps, add_calls, fake
 from .find import module_path, source_line
 from .layouts import only_output, place_of, unused_outputs
@@ -29,7 +30,7 @@ from .regions import Region, regions
 
 _KEEP = "use a module that calls scaled_dot_product_attention itself"
 # What these layers are computed by without gradients, as far as PyTorch's fast path is on.
-_FUSED = frozenset({torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention})
+_FUSED = frozenset({fused_encoder_layer, fused_multi_head_attention})
 _SEQUENCE_FIRST: Steps = (("permute", (2, 0, 1, 3)), ("flatten", (2,)), ("contiguous", ()))  # [B, H, N, D] -> [N, B, E]
 # Arguments that have to be as here -> what they do otherwise, what to do about it
 _PLAIN: Mapping[str, tuple[Any, str, str]] = {
