@@ -156,10 +156,10 @@ def test_narrow_types_round_once(shape, dtype, is_causal, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_a_number_goes_only_where_it_belongs(bad, dtype):
+def test_a_number_goes_only_where_it_belongs(bad, dtype, kernels):
     """NaN, infinity or a huge number in one row spoils what is computed from that row and not one bit of the rest."""
     shape = (43, 3, 3, 3, None)
-    for seed in range(4):
+    for seed in range(1 if kernels == "interpreted" else 4):
         (((chosen,),), *index) = selection(shape, batch=1, groups=1, seed=seed)
         tokens, rows = random(1, 1, 43, 3).to(dtype), random(1, 1, len(chosen), 3).to(dtype)
         windows = [range(i * 3**l, (i + 1) * 3**l) for l, i in chosen]
