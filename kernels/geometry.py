@@ -121,11 +121,11 @@ class Pyramid:
     @property
     def _fills_quotas(self) -> bool:
         """Whether every tile has as many windows as it may expand."""
-        if isinstance(self.topk, torch.SymInt):  # one that follows the length: no guard where its tiles surely have
-            return tokens_of_tile(self.quota_, levels=self.levels, pooling=self.pooling) >= self.quota_ * self.widest or bool(
-                self.coarse >= self.topk
-            )
-        return self.coarse >= self.topk
+        if isinstance(self.topk, torch.SymInt):  # it follows the length, a quota for so many tokens
+            of_tile = tokens_of_tile(self.quota_, levels=self.levels, pooling=self.pooling)
+            if of_tile >= self.quota_ * self.widest:
+                return True  # without a guard
+        return bool(self.coarse >= self.topk)
 
     def gathered_below(self, length: float) -> float:
         """More than are gathered of that length, whatever it is: linear in the length."""

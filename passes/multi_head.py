@@ -13,18 +13,18 @@ The projections of its inputs are put into the graph to show what is attended to
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from ..kernels.torch_private import fused_encoder_layer, fused_multi_head_attention
 from .call import AttentionCall, Steps, add_calls, fake
 from .find import module_path, source_line
-from .layouts import only_output, place_of, unused_outputs
+from .layouts import only_output, place_of, shown, unused_outputs
 from .products import Unclear
 from .regions import Region, regions
 
@@ -95,7 +95,6 @@ def _as_call(call: AttentionCall, given: Mapping[str, Any], views: list[fx.Node]
         raise Unclear("is called with an is_causal or a training that is computed in the graph", "give True or False")
     if given["key"] is given["value"] is not given["query"]:
         raise Unclear("attends from one sequence to another, as cross-attention")
-    put = _Put(call.node, views)
     if given["is_causal"]:  # the function takes this on trust and reads no mask, and so does what replaces it
         mask = None
     elif mask is not None:
@@ -104,8 +103,8 @@ def _as_call(call: AttentionCall, given: Mapping[str, Any], views: list[fx.Node]
         if hides is None or asks is None or hides.dtype not in (like.dtype, asks.dtype):  # under autocast they differ
             raise Unclear("is called with a mask of another dtype than its tensors", "give a mask of their dtype")
         if hides.dim() == 3:  # [B H, N, N]
-            mask = put("unflatten", mask, 0, (-1, given["num_heads"]))
-    query, key, value = _projected(given, like.dtype, put)
+            mask = shown(mask, (("unflatten", (0, (-1, given["num_heads"]))),), call.node, views)
+    query, key, value = _projected(given, like.dtype, call.node, views)
     return replace(
         call,
         node=out,
@@ -122,51 +121,43 @@ def _as_call(call: AttentionCall, given: Mapping[str, Any], views: list[fx.Node]
     )
 
 
-class _Put:
-    """Puts nodes before one, each a view or a linear layer, and remembers them."""
-
-    def __init__(self, before: fx.Node, views: list[fx.Node]) -> None:
-        self._before, self._views = before, views
-
-    def __call__(self, method: str, x: fx.Node, *arguments: Any) -> fx.Node:
-        with self._before.graph.inserting_before(self._before):
-            node = self._before.graph.call_method(method, (x, *arguments))
-        return self._known(node, getattr(fake(x), method)(*arguments))
-
-    def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None, dtype: torch.dtype) -> fx.Node:
-        """Under autocast it runs in another dtype than its arguments have: `dtype`."""
-        with self._before.graph.inserting_before(self._before):
-            node = self._before.graph.call_function(F.linear, (x, weight, bias))
-        given, matrix = fake(x), fake(weight)
-        assert given is not None and matrix is not None, "arguments of a traced function"
-        with torch.no_grad():  # not by running it, which torch 2.11 does not do for a symbolic length
-            value = given.new_empty((*given.shape[:-1], matrix.shape[0]), dtype=dtype)
-        return self._known(node, value.requires_grad_(given.requires_grad or matrix.requires_grad))
-
-    def _known(self, node: fx.Node, value: Tensor) -> fx.Node:
-        node.meta = {**place_of(self._before), "example_value": value}
-        self._views.append(node)
-        return node
-
-
-def _projected(given: Mapping[str, Any], dtype: torch.dtype, put: _Put) -> list[fx.Node]:
+def _projected(given: Mapping[str, Any], dtype: torch.dtype, before: fx.Node, views: list[fx.Node]) -> list[fx.Node]:
     """Query, key and value, `[B, H, N, D]`."""
     inputs = [given[name] for name in ("query", "key", "value")]
     heads, bias = given["num_heads"], given["in_proj_bias"]
     if given["use_separate_proj_weight"]:
         weights = [given[f"{name}_proj_weight"] for name in ("q", "k", "v")]
     elif inputs[0] is inputs[1] is inputs[2]:
-        together = put.linear(inputs[0], given["in_proj_weight"], bias, dtype)  # [N, B, 3 E]
-        apart = put("permute", put("unflatten", together, -1, (3, heads, -1)), 2, 1, 3, 0, 4)  # [3, B, H, N, D]
-        return [put("select", apart, 0, i) for i in range(3)]
+        together = _linear(inputs[0], given["in_proj_weight"], bias, dtype, before, views)  # [N, B, 3 E]
+        steps = ("unflatten", (-1, (3, heads, -1))), ("permute", (2, 1, 3, 0, 4))
+        return _each(shown(together, steps, before, views), before, views)  # of [3, B, H, N, D]
     else:
-        weights = _thirds(given["in_proj_weight"], put)
-    biases = [None] * 3 if bias is None else _thirds(bias, put)
-    projected = [put.linear(x, w, b, dtype) for x, w, b in zip(inputs, weights, biases, strict=True)]  # [N, B, E]
-    return [put("permute", put("unflatten", x, -1, (heads, -1)), 1, 2, 0, 3) for x in projected]
+        weights = _thirds(given["in_proj_weight"], before, views)
+    biases = [None] * 3 if bias is None else _thirds(bias, before, views)
+    projected = [_linear(*each, dtype, before, views) for each in zip(inputs, weights, biases, strict=True)]  # [N, B, E]
+    return [shown(x, (("unflatten", (-1, (heads, -1))), ("permute", (1, 2, 0, 3))), before, views) for x in projected]
 
 
-def _thirds(parameter: fx.Node, put: Callable[..., fx.Node]) -> list[fx.Node]:
+def _thirds(parameter: fx.Node, before: fx.Node, views: list[fx.Node]) -> list[fx.Node]:
     """The parts of a parameter `[3 E, ...]` that project queries, keys and values."""
-    apart = put("unflatten", parameter, 0, (3, -1))
-    return [put("select", apart, 0, i) for i in range(3)]
+    return _each(shown(parameter, (("unflatten", (0, (3, -1))),), before, views), before, views)
+
+
+def _each(three: fx.Node, before: fx.Node, views: list[fx.Node]) -> list[fx.Node]:
+    return [shown(three, (("select", (0, i)),), before, views) for i in range(3)]
+
+
+def _linear(
+    x: fx.Node, weight: fx.Node, bias: fx.Node | None, dtype: torch.dtype, before: fx.Node, views: list[fx.Node]
+) -> fx.Node:
+    """A linear layer. Under autocast it runs in another dtype than its arguments have: `dtype`."""
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(F.linear, (x, weight, bias))
+    given, matrix = fake(x), fake(weight)
+    assert given is not None and matrix is not None, "arguments of a traced function"
+    with torch.no_grad():  # not by running it, which torch 2.11 does not do for a symbolic length
+        value = given.new_empty((*given.shape[:-1], matrix.shape[0]), dtype=dtype)
+    value.requires_grad_(given.requires_grad or matrix.requires_grad)
+    node.meta = {**place_of(before), "example_value": value}
+    views.append(node)
+    return node
