@@ -64,7 +64,7 @@ format: $(STAMP) ## ruff's automatic repairs
 
 typecheck: $(STAMP) ## mypy --strict over the package as it is installed
 	@rm -rf $(STAGE) && mkdir -p $(STAGE)/lighthouse_fx
-	@ln -s $(CURDIR)/lighthouse_fx/*.py $(CURDIR)/lighthouse_fx/py.typed $(CURDIR)/lighthouse_fx/integrations $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
+	@ln -s $(CURDIR)/lighthouse_fx/* $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
 	MYPYPATH=$(STAGE) $(PY) -m mypy --config-file pyproject.toml --cache-dir .mypy/cache -p lighthouse_fx
 
 test: check pytest ## everything that has to pass: ruff, mypy and the tests
@@ -79,7 +79,7 @@ pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and 
 	$(PY) examples/pretrain.py $(ARGS)
 
 models: $(STAMP) $(FRAMEWORKS) ## write docs/models.md anew: which attentions of which models are rewritten
-	$(TEST_ENV) LIGHTHOUSE_WRITE_MODELS=1 $(PY) -m pytest tests/test_models.py
+	$(TEST_ENV) LIGHTHOUSE_WRITE_MODELS=1 $(PY) -m pytest tests/integration/test_models.py
 
 bench: $(STAMP) ## time one attention layer beside dense attention, on a GPU
 	$(PY) benchmarks/layer.py $(ARGS)

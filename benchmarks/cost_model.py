@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lighthouse_fx import LighthouseConfig, bench, cost, machine
+from lighthouse_fx import LighthouseConfig
+from lighthouse_fx.measure import cost, layer, machine
 
 HERE = Path(__file__).resolve().parent
 # What tune offers and nobody measured, the most telling first.
@@ -43,7 +44,7 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(shape: bench.LayerShape, config: LighthouseConfig, device: torch.device, card: cost.Card) -> dict:
+def measure(shape: layer.LayerShape, config: LighthouseConfig, device: torch.device, card: cost.Card) -> dict:
     begun = time.monotonic()
     found = cost.predict(shape, config, card)
     row = {
@@ -54,8 +55,8 @@ def measure(shape: bench.LayerShape, config: LighthouseConfig, device: torch.dev
         "failure": "",
     }
     try:
-        milliseconds, memory = bench.measure_function(shape, config, device)
-        dense = bench.measure_dense(shape, device)
+        milliseconds, memory = layer.measure_function(shape, config, device)
+        dense = layer.measure_dense(shape, device)
         row["measured"] = {"milliseconds": milliseconds, "memory": memory, "dense": dense}
     except (RuntimeError, AssertionError) as error:  # one row that cannot run says so, and the others follow
         row["failure"] = str(error).partition("\n")[0]
@@ -87,9 +88,9 @@ def table(rows: list[dict]) -> Table:
 
 def compiled_beside(device: torch.device, shrink: int) -> dict:
     """One layer both ways: as the backend compiles it and as a function, which is what is measured here and by `tune`."""
-    shape, config = bench.LayerShape(length=98_304 // shrink), LighthouseConfig.paper(topk=1536 // shrink)
-    compiled = bench.measure_layer(shape, config, device, bandwidth=1.0, dense=False)
-    function, memory = bench.measure_function(shape, config, device)
+    shape, config = layer.LayerShape(length=98_304 // shrink), LighthouseConfig.paper(topk=1536 // shrink)
+    compiled = layer.measure_layer(shape, config, device, bandwidth=1.0, dense=False)
+    function, memory = layer.measure_function(shape, config, device)
     return {
         "compiled": {"milliseconds": compiled.layer[1], "memory": compiled.memory},
         "function": {"milliseconds": function, "memory": memory},
@@ -117,7 +118,7 @@ def run() -> None:
             break
         small = shape | {"length": shape["length"] // args.shrink}
         pyramid = config | {"topk": config["topk"] // args.shrink}
-        rows.append(measure(bench.LayerShape(**small), LighthouseConfig(**pyramid), device, card))
+        rows.append(measure(layer.LayerShape(**small), LighthouseConfig(**pyramid), device, card))
         write()
     Console(width=150).print(table(rows))
     print("compiled beside function:", about["compiled beside function"])

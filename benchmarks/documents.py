@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig, bench, timing
-from lighthouse_fx.bench import LayerShape
+from lighthouse_fx import LighthouseConfig
+from lighthouse_fx.measure import layer as bench
+from lighthouse_fx.measure import timing
+from lighthouse_fx.measure.layer import LayerShape
 
 HERE = Path(__file__).resolve().parent
 COUNTS = (1, 2, 4, 12, 48, 192)

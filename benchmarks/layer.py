@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lighthouse_fx.cli import main
+from lighthouse_fx.cli.main import main
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ["8192", "98304", "524288"]

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
-from lighthouse_fx.kernels.inner import in_order, preferred
-from lighthouse_fx.machine import describe
+from lighthouse_fx.kernels.sdpa import in_order, preferred
+from lighthouse_fx.measure.machine import describe
 
 HERE = Path(__file__).resolve().parent
 console = Console(width=120)

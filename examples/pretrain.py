@@ -30,10 +30,11 @@ from training import WARM_UP_STEPS, Plan, Run, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig, RunLog, audit_page
-from lighthouse_fx.loss_monitor import read_reference
-from lighthouse_fx.passes.check import pyramid_over
-from lighthouse_fx.run_file import read_run
+from lighthouse_fx import LighthouseConfig, RunLog
+from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.training import run_page
+from lighthouse_fx.training.loss_monitor import read_reference
+from lighthouse_fx.training.run_file import read_run
 
 # A file or a pipe has no width of its own.
 console = Console(width=None if sys.stdout.isatty() else 180)
@@ -165,7 +166,7 @@ def main() -> int:
     title = f"{size}: pre-training on Python source, one seed, {device_name(args.device)}"
     save_losses(runs, plan, title, args.out / "loss.png")
     reference = None if args.no_dense else read_reference(args.out / "dense.jsonl")
-    audit_page.save_page(read_run(args.out / "run.jsonl"), args.out / "run.html", reference=reference)
+    run_page.save_page(read_run(args.out / "run.jsonl"), args.out / "run.html", reference=reference)
     result = {
         "flags": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "device": device_name(args.device),

@@ -35,7 +35,7 @@ from training import Optimizer, mean_loss, validate
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, Passkey, lighthouse_attention
-from lighthouse_fx.passkey import find_passkeys
+from lighthouse_fx.evaluation.passkey import find_passkeys
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 Phase = tuple[float, LighthouseConfig | None]  # share of all steps; None: dense attention

@@ -6,10 +6,10 @@ Importing this package as `lighthouse_fx.kernels` registers the ops under `torch
 # With a checkout's root on sys.path this folder is also `kernels`, the name of a Hugging Face library, and transformers
 # imports that to ask for its version. It finds nothing here: registering the ops again would free the first ones in use.
 if __name__ == "lighthouse_fx.kernels":
-    from .block_lists import check_blocks
-    from .causal_mask import check_causal
     from .geometry import Pyramid
-    from .ops import attend, gather, scatter, select
+    from .ops.block_lists import check_blocks
+    from .ops.causal_mask import check_causal
+    from .ops.pyramid_ops import attend, gather, scatter, select
     from .revision import REVISION
 
     __all__ = ["REVISION", "Pyramid", "attend", "check_blocks", "check_causal", "gather", "scatter", "select"]

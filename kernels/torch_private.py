@@ -1,8 +1,8 @@
 """Every private name of PyTorch that the package uses, so that a release that moves one fails here, by name.
 
 They come from Dynamo (guards, compiled modules), Inductor (the compiler and its options) and the operator library. As one
-file tried on torch 2.13. It lies in the lowest layer because all layers need some of them; `tests/test_layering.py` keeps such
-names out of every other file.
+file tried on torch 2.13. It lies in the lowest layer because all layers need some of them; `tests/repo/test_layering.py` keeps
+such names out of every other file.
 """
 
 from __future__ import annotations

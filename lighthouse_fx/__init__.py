@@ -5,26 +5,26 @@
 rewrites the attention of a model that trains into Lighthouse attention, and leaves inference dense.
 """
 
-from .audit import RunLog
-from .blocks import compile
-from .budget import BudgetControl
-from .config import LighthouseConfig
-from .documents import documents
+from .evaluation.passkey import Passkey
+from .evaluation.validate import validate
+from .evaluation.validation_result import Validation
+from .evaluation.verification_result import Verification
+from .evaluation.verify import verify
+from .frontend.explain import explain
+from .frontend.regional import compile
 from .functional import lighthouse_attention
-from .journal import reports
-from .loss_monitor import Divergence
-from .passkey import Passkey
-from .profiling import profile
-from .recovery import StageEvent
-from .report import AttentionRecord, GraphReport, Report
-from .schedule import TwoStage
-from .stage import dense, pretraining
-from .tracing import explain
-from .tuning import tune
-from .validation import validate
-from .verdict import Validation
-from .verification import verify
-from .verified import Verification
+from .measure.profile import profile
+from .measure.tune import tune
+from .passes.config import LighthouseConfig
+from .report.report import AttentionRecord, GraphReport, Report
+from .runtime.documents import documents
+from .runtime.journal import reports
+from .runtime.stage import dense, pretraining
+from .training.budget import BudgetControl
+from .training.loss_monitor import Divergence
+from .training.recovery import StageEvent
+from .training.run_log import RunLog
+from .training.two_stage import TwoStage
 
 __all__ = [
     "AttentionRecord",

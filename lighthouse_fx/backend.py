@@ -17,14 +17,14 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from . import documents, dynamo, journal, running, stage
-from .config import LighthouseConfig, config_field_names
 from .kernels.torch_private import compile_fx, list_mode_options, list_options, trace_structured
 from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
-from .passes.call import EXCLUDED, NO_GRADIENTS
-from .passes.check import unmatched
-from .report import GraphReport, as_networkx, mark_calls, record
-from .running import Compiled
+from .passes.attention_call import EXCLUDED, NO_GRADIENTS
+from .passes.config import LighthouseConfig, config_field_names
+from .passes.decide.check import unmatched
+from .report.report import GraphReport, as_networkx, mark_calls, record
+from .runtime import documents, dynamo, journal, stage, wrappers
+from .runtime.wrappers import Compiled
 
 _log = logging.getLogger("lighthouse_fx")
 
@@ -84,12 +84,12 @@ def _compiled(
     compiled = documents.heeded(compiled, rewritten, report.calls, stage.current.resolve(config) or config)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.exact or call.rewritable for call in calls):
-        return running.noted(compiled, report.calls) if calls else compiled
+        return wrappers.noted(compiled, report.calls) if calls else compiled
     rewritable = any(call.rewritable for call in calls)
     if gradients or not rewritable:
-        return running.staged(compiled, report.calls, config if rewritable else None)
+        return wrappers.staged(compiled, report.calls, config if rewritable else None)
     would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
-    return running.without_gradients(compiled, report.calls, around, rewritten=would)
+    return wrappers.without_gradients(compiled, report.calls, around, rewritten=would)
 
 
 def rewrite(

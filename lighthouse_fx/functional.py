@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import LighthouseConfig
 from .kernels import attend
-from .kernels.documents import document_problem, starts_of
-from .kernels.known_documents import summary
+from .kernels.packed.attention import document_problem, starts_of
+from .kernels.packed.plan import summary
 from .kernels.shapes import shape_problem, tensor_problem
-from .passes.check import pyramid_over
+from .passes.config import LighthouseConfig
+from .passes.decide.check import pyramid_over
 
 _log = logging.getLogger(__name__)
 _DEFAULT = LighthouseConfig()  # Dynamo cannot trace how one is made

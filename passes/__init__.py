@@ -11,22 +11,21 @@ from typing import Any
 
 from torch import fx
 
-from lighthouse_fx.config import LighthouseConfig
-
-from .by_hand import find_by_hand
-from .call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
-from .check import check_attention
-from .document_input import add_document_input
-from .equal_heads import undo_equal_heads
-from .find import find_attention
-from .flash_functions import find_flash_functions
-from .flex import find_flex
-from .leftovers import remove_leftovers
-from .masks import prove_masks
-from .multi_head import find_multi_head
-from .raw_scores import score_raw
-from .repeated_heads import undo_repeated_heads
-from .rewrite import rewrite_attention
+from .attention_call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
+from .config import LighthouseConfig
+from .decide.check import check_attention
+from .decide.document_input import add_document_input
+from .masks.prove import prove_masks
+from .match.flash_attn import find_flash_functions
+from .match.flex import find_flex
+from .match.mha import find_multi_head
+from .match.sdpa import find_attention
+from .match.unfused import find_by_hand
+from .rewrite.cleanup import remove_leftovers
+from .rewrite.equal_heads import undo_equal_heads
+from .rewrite.lighthouse import rewrite_attention
+from .rewrite.qk_norm import score_raw
+from .rewrite.repeat_kv import undo_repeated_heads
 
 PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_attention,

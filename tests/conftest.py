@@ -16,8 +16,8 @@ if not torch.cuda.is_available():
 
 sys.path.append(str(Path(sys.prefix) / "frameworks"))  # litgpt and torchtitan, which `make` puts there: frameworks.txt
 
-from lighthouse_fx import journal, stage
-from lighthouse_fx.kernels import dispatch
+from lighthouse_fx.kernels.ops import dispatch
+from lighthouse_fx.runtime import journal, stage
 
 
 def pytest_collection_modifyitems(items):

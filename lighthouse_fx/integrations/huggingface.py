@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..blocks import compile
-from ..config import LighthouseConfig
-from ..schedule import TwoStage
+from lighthouse_fx.frontend.regional import compile
+from lighthouse_fx.passes.config import LighthouseConfig
+from lighthouse_fx.training.two_stage import TwoStage
+
 from .steps import Steps
 
 _KEY = "lighthouse_fx"

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ..blocks import compile
-from ..config import LighthouseConfig
-from ..schedule import TwoStage
+from lighthouse_fx.frontend.regional import compile
+from lighthouse_fx.passes.config import LighthouseConfig
+from lighthouse_fx.training.two_stage import TwoStage
+
 from .steps import Steps
 
 

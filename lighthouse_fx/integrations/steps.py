@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from ..schedule import TwoStage
+from lighthouse_fx.training.two_stage import TwoStage
 
 
 class Steps:

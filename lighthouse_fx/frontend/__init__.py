@@ -1,0 +1,1 @@
+"""What users call to compile a model or to look at one: regional compilation and explain."""

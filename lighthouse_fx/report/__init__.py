@@ -1,0 +1,1 @@
+"""What became of each attention call: records, tables, graphs and pictures."""

@@ -1,0 +1,1 @@
+"""What an attention mask shows, and the proof that it is the causal mask."""

@@ -1,0 +1,1 @@
+"""Find attention calls, in every spelling. Changes nothing that the graph computes."""
