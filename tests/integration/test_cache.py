@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lighthouse_fx.kernels.revision import REVISION, source_digest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """
@@ -54,10 +56,32 @@ def test_changed_backward_is_not_served_from_the_cache(package, tmp_path):
     assert again == before
     assert hits == 1, "the cache is not in use, so this test proves nothing"
 
-    ops = package / "lighthouse_fx" / "kernels" / "pyramid_ops.py"
+    ops = package / "lighthouse_fx" / "kernels" / "ops" / "pyramid_ops.py"
     old = "return gather_backward(grad, entries, slots, ctx.length, *ctx.rest), None"
     assert old in ops.read_text()
     ops.write_text(ops.read_text().replace(old, old.replace("(grad,", "(3 * grad,")))
     hits, after = run(package, cache)
     assert hits == 0
     assert after == pytest.approx(3 * before, rel=1e-5)
+
+
+def test_every_file_of_the_kernels_counts(tmp_path, monkeypatch):
+    # The kernels import nothing else of the package (test_layering.py), so that these files are all that decide.
+    folder = tmp_path / "copied_kernels"
+    shutil.copytree(ROOT / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert source_digest("lighthouse_fx.kernels") == REVISION
+
+    (folder / "__init__.py").write_text("")  # the package cannot be imported twice: its ops are registered once
+    before = source_digest("copied_kernels")
+    files = sorted(folder.rglob("*.py"))
+    assert {path.parent for path in files} > {folder}, "no sub-folder: this test proves less than it says"
+    for path in files:
+        source = path.read_bytes()
+        path.write_bytes(source + b"\n")
+        assert source_digest("copied_kernels") != before, path.relative_to(folder)
+        path.write_bytes(source)
+    assert source_digest("copied_kernels") == before
+
+    (folder / "triton" / "added.py").write_text("")
+    assert source_digest("copied_kernels") != before

@@ -98,7 +98,7 @@ def test_site_builds_without_a_warning(tmp_path):
 
 def test_commands_exist(capsys):
     with pytest.raises(SystemExit):
-        main.main(["--help"])
+        main(["--help"])
     known = re.findall(r"^    (\w+)  ", capsys.readouterr().out, re.MULTILINE)
     pages = "".join(PAGES.values())
     said = set(re.findall(r"`lighthouse (\w+)", pages))

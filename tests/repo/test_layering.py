@@ -3,24 +3,20 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Folder of the checkout -> package that pyproject.toml maps it to.
-PACKAGES = {
-    "lighthouse_fx": "lighthouse_fx",
-    "lighthouse_fx/integrations": "lighthouse_fx.integrations",
-    "passes": "lighthouse_fx.passes",
-    "kernels": "lighthouse_fx.kernels",
-}
+# Top folder of the checkout -> package that pyproject.toml maps it to.
+MAPPED = {"lighthouse_fx": "lighthouse_fx", "passes": "lighthouse_fx.passes", "kernels": "lighthouse_fx.kernels"}
 ALLOWED = {
     "kernels": ("lighthouse_fx.kernels",),
     "passes": ("lighthouse_fx.passes", "lighthouse_fx.kernels"),
 }
-FILES = sorted({path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")})
+FILES = sorted(path for folder in MAPPED for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -49,7 +45,7 @@ def imported(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
 
 def package_of(path: Path) -> str:
     folder, *inner = path.relative_to(ROOT).parent.parts
-    return ".".join([PACKAGES[folder], *inner])
+    return ".".join([MAPPED[folder], *inner])
 
 
 def within(name: str, package: str) -> bool:
@@ -81,15 +77,19 @@ def test_lower_layers_import_nothing_higher(folder: str):
 
 def test_config_stands_alone():
     # The passes may import it, so it would be a way up for them if it imported more than the kernels.
-    path = ROOT / "lighthouse_fx" / "config.py"
-    names = [name for _, name in imported(ast.parse(path.read_text()), "lighthouse_fx")]
+    (path,) = (path for path in FILES if path.name == "config.py")
+    names = [name for _, name in imported(ast.parse(path.read_text()), package_of(path))]
     assert not [n for n in names if within(n, "lighthouse_fx") and not within(n, "lighthouse_fx.kernels")]
 
 
 def test_every_package_is_listed():
     # A sub-folder that pyproject.toml does not name would be missing from the wheel without a word.
-    folders = {name_of(path.parent) for path in FILES}
-    assert folders == set(PACKAGES), "add the new folder to [tool.setuptools] packages, and to PACKAGES here"
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert {package: folder for folder, package in MAPPED.items()} == setuptools["package-dir"]
+    listed = setuptools["packages"]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {package_of(path) for path in FILES}, "[tool.setuptools] packages has to name every folder"
+    assert all((path.parent / "__init__.py").is_file() for path in FILES)
 
 
 @pytest.mark.parametrize("path", FILES + SCRIPTS, ids=name_of)

@@ -1,4 +1,4 @@
-"""Builds the sdist and the wheel, installs the wheel into a clean environment and uses it from outside the checkout."""
+"""Builds the sdist and, from it, the wheel; uses wheel and editable install in a clean environment, outside the checkout."""
 
 import configparser
 import email
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -64,11 +65,10 @@ USE = """
     assert torch.equal(model(x), before), "the eager model changed"
 
     import lighthouse_fx
-    import lighthouse_fx.kernels
-    import lighthouse_fx.passes
 
-    for module in (lighthouse_fx, lighthouse_fx.kernels, lighthouse_fx.passes):
-        assert Path(module.__file__).resolve().is_relative_to(here), module.__file__
+    for name in sys.argv[1:]:  # every package
+        file = importlib.import_module(name).__file__
+        assert Path(file).resolve().is_relative_to(here), file
     assert (Path(lighthouse_fx.__file__).parent / "py.typed").is_file()
     calls = [call for graph in lighthouse_fx.reports() for call in graph.calls]
     assert [call.rewritten for call in calls] == [True], calls
@@ -112,7 +112,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def modules(folder: str) -> set[str]:
-    found = {str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.py")}
+    """Every Python file below a top folder of the checkout, those of its sub-packages as well."""
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
     assert f"{folder}/__init__.py" in found
     return found
 
@@ -120,7 +121,7 @@ def modules(folder: str) -> set[str]:
 def test_sdist_holds_every_module(built: Built):
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = modules("lighthouse_fx") | modules("lighthouse_fx/integrations") | modules("passes") | modules("kernels")
+    expected = modules("lighthouse_fx") | modules("passes") | modules("kernels")
     assert expected | {"lighthouse_fx/py.typed", "pyproject.toml", "LICENSE", "README.md"} <= names
 
 
@@ -128,7 +129,7 @@ def test_wheel_holds_every_module_and_nothing_else(built: Built):
     with zipfile.ZipFile(built.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     mapped = {f"lighthouse_fx/{name}" for name in modules("passes") | modules("kernels")}
-    assert names == modules("lighthouse_fx") | modules("lighthouse_fx/integrations") | mapped | {"lighthouse_fx/py.typed"}
+    assert names == modules("lighthouse_fx") | mapped | {"lighthouse_fx/py.typed"}
 
 
 def test_wheel_metadata(built: Built):
@@ -153,19 +154,42 @@ def test_wheel_metadata(built: Built):
     }
 
 
-def test_installed_wheel_trains_outside_the_checkout(built: Built, tmp_path: Path):
-    home = tmp_path / "env"
+def environment(home: Path) -> Path:
+    """The interpreter of a clean environment, which has torch and the other dependencies, and not this checkout."""
     venv.create(home, symlinks=True, with_pip=False)
-    python = home / "bin" / "python"
-    pip = (sys.executable, "-m", "pip", "--python", python)
-    run(*pip, "install", "--no-deps", "--no-index", built.wheel, cwd=tmp_path)
-    # torch and the other dependencies come from the running environment, by path alone, so nothing is downloaded. Path
-    # files inside those folders are not read then, so the checkout's editable install stays out of reach.
+    # By path alone, so nothing is downloaded. Path files inside those folders are not read then, so the checkout's
+    # editable install stays out of reach.
     outside = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site,) = home.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text("\n".join(outside) + "\n")
-    script = tmp_path / "use.py"
-    script.write_text(textwrap.dedent(USE))
-    away = tmp_path / "away"
+    return home / "bin" / "python"
+
+
+def use(python: Path, folder: Path) -> str:
+    """Output of a script that trains with the package, from a folder that holds nothing else."""
+    away = folder / "away"
     away.mkdir()
-    assert run(python, "-W", "ignore", script, cwd=away).startswith("used")
+    script = folder / "use.py"
+    script.write_text(textwrap.dedent(USE))
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    return run(python, "-W", "ignore", script, *packages, cwd=away)
+
+
+def test_installed_wheel_trains_outside_the_checkout(built: Built, tmp_path: Path):
+    python = environment(tmp_path / "env")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-deps", "--no-index", built.wheel, cwd=tmp_path)
+    assert use(python, tmp_path).startswith("used")
+
+
+def test_editable_install_trains_and_follows_the_source(built: Built, tmp_path: Path):
+    python = environment(tmp_path / "env")
+    source = tmp_path / "env" / "source"
+    with tarfile.open(built.sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / built.sdist.name.removesuffix(".tar.gz")).rename(source)
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-deps", "--no-index", "--no-build-isolation", "--editable", source, cwd=tmp_path)
+    assert use(python, tmp_path).startswith(f"used {source}")
+    (source / "kernels" / "ops" / "__init__.py").write_text("edited = True\n")
+    run(python, "-c", "from lighthouse_fx.kernels import ops; assert ops.edited", cwd=tmp_path / "away")
