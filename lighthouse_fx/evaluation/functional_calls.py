@@ -31,6 +31,7 @@ from lighthouse_fx.passes.decide.check import pyramid_over
 from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.masks.prove import prove_masks
 from lighthouse_fx.passes.match.flash_attn import find_flash_functions
+from lighthouse_fx.passes.rewrite.replace import replace_node
 from lighthouse_fx.report.report import AttentionRecord
 from lighthouse_fx.runtime import stage
 
@@ -74,20 +75,25 @@ class FunctionalGraphs:
         records = next(self._records, ())
         if len(records) != len(gm.meta[CALLS]):
             raise unpaired(len(gm.meta[CALLS]), len(records))
-        for call, record in zip(gm.meta[CALLS], records, strict=True):
+        for index, record in enumerate(records):
+            call: AttentionCall = gm.meta[CALLS][index]  # as the replacements before it left it
             if call.region.opaque:
                 continue
             if record.rewritten or (stage.packed and record.inside_documents and not call.own_documents):
-                self._insert(call, record, _NO_DTYPE if call.node in flash else _RANDOM if call.dropout_p else "")
+                unknown = _NO_DTYPE if call.node in flash else _RANDOM if call.dropout_p else ""
+                gm.meta[CALLS] = self._insert(call, record, unknown, gm.meta[CALLS])
             elif call.node in flash and call.refusal is None:
-                self._note(put_plain(call), record, _PLAIN)
+                node, gm.meta[CALLS] = put_plain(call, gm.meta[CALLS])
+                self._note(node, record, _PLAIN)
             else:
                 self._note(call.node, record)
         for region in regions(gm):
             region.gm.recompile()
         return gm
 
-    def _insert(self, call: AttentionCall, record: AttentionRecord, unknown: str) -> None:
+    def _insert(
+        self, call: AttentionCall, record: AttentionRecord, unknown: str, calls: Sequence[AttentionCall]
+    ) -> tuple[AttentionCall, ...]:
         """Put the functional form in a call's place, or attention inside documents.
 
         `unknown` says why the model's own nodes are not run for comparison.
@@ -99,9 +105,10 @@ class FunctionalGraphs:
             form = self._functional(call, record, unknown) if record.rewritten else self._kept_inside(call, record)
             arguments = (call.query, call.key, call.value, dense, own, call.dropout_p, call.scale, *call.projection)
             new = graph.call_function(form, arguments)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        calls = replace_node(node, new, calls, keep=lambda user: user is new)
         if dense is None:
             erase(call)
+        return calls
 
     def _note(self, node: fx.Node, record: AttentionRecord, unknown: str = "") -> None:
         """Note a call that stays as it is."""

@@ -20,24 +20,31 @@ from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.match.flash_attn import find_flash_functions
 from lighthouse_fx.passes.rewrite.cleanup import remove_leftovers
 from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM
+from lighthouse_fx.passes.rewrite.replace import replace_node
 
 
 def without_flash_attn(gm: fx.GraphModule) -> None:
     """Compute plainly what flash-attn computes in a graph, where it is understood."""
     known, gm.meta[CALLS] = gm.meta[CALLS], ()
     find_flash_functions(gm, (), config=None)
-    for call in gm.meta[CALLS]:
-        if call.refusal is None:
-            put_plain(call)
-    gm.meta[CALLS] = tuple(call for call in gm.meta[CALLS] if call.refusal)  # what showed their arguments
+    found = len(gm.meta[CALLS])
+    calls = (*gm.meta[CALLS], *known)
+    for index in range(found):
+        if calls[index].refusal is None:
+            _, calls = put_plain(calls[index], calls)
+    gm.meta[CALLS] = tuple(call for call in calls[:found] if call.refusal)  # what showed their arguments
     remove_leftovers(gm, (), config=None)
-    gm.meta[CALLS] = known
+    gm.meta[CALLS] = calls[found:]
     for region in regions(gm):
         region.gm.recompile()
 
 
-def put_plain(call: AttentionCall) -> fx.Node:
-    """Put plain attention of a call's arguments in its place; it belongs to the same call."""
+def put_plain(call: AttentionCall, calls: Sequence[AttentionCall]) -> tuple[fx.Node, tuple[AttentionCall, ...]]:
+    """Put plain attention of a call's arguments in its place; it belongs to the same call.
+
+    Returns:
+        The new node, and the calls, which read it.
+    """
     laid_out, is_causal = layout_of(call), bool(call.is_causal)
 
     def form(
@@ -51,9 +58,9 @@ def put_plain(call: AttentionCall) -> fx.Node:
         node = call.node.graph.call_function(form, arguments)
     if REWRITTEN_FROM in call.node.meta:
         node.meta[REWRITTEN_FROM] = call.node.meta[REWRITTEN_FROM]
-    call.node.replace_all_uses_with(node)
+    calls = replace_node(call.node, node, calls)
     erase(call)
-    return node
+    return node, calls
 
 
 def plain(

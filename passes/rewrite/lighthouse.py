@@ -47,6 +47,7 @@ from ..config import LighthouseConfig
 from ..decide.check import pyramid_over
 from ..ir.subgraphs import Region, brought
 from ..match.sdpa import is_attention
+from .replace import replace_node
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _TOKEN_LAYOUT = (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2)))  # as scatter's: models may view it
@@ -64,10 +65,14 @@ def rewrite_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, conf
         require_fla()
     if any(call.refusal is None for call in gm.meta[CALLS]):
         require_package(config.kernel)
-    for index, call in enumerate(gm.meta[CALLS]):
+    for index in range(len(gm.meta[CALLS])):
+        call = gm.meta[CALLS][index]  # as the rewrites before it left it
         call.node.meta[REWRITTEN_FROM] = index
         if call.replaced:
-            _rewrite(call, config, index, _mask_users(call, gm.meta[CALLS]), gm.meta.get(DOCUMENTS), gm.meta.get(KNOWN))
+            users = _mask_users(call, gm.meta[CALLS])
+            result = _rewrite(call, config, index, users, gm.meta.get(DOCUMENTS), gm.meta.get(KNOWN))
+            gm.meta[CALLS] = replace_node(call.node, result, gm.meta[CALLS])
+            call.node.graph.erase_node(call.node)
             changed.append(call.region.gm)
     for region_gm in dict.fromkeys(changed):
         region_gm.graph.lint()
@@ -108,7 +113,7 @@ def _rewrite(
     mask_users: str,
     documents: fx.Node | None,
     known: fx.Node | None,
-) -> None:
+) -> fx.Node:
     graph, node = call.node.graph, call.node
     q, k, v = call.query, call.key, call.value
     fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
@@ -228,8 +233,7 @@ def _rewrite(
             result = add(method, (result, *arguments), {}, out, "call_method")
         if call.projection:
             result = function(F.linear, result, *call.projection, value=fakes[node])
-    node.replace_all_uses_with(result)
-    graph.erase_node(node)
+    return result
 
 
 def _carried_over(call: AttentionCall) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs
 from torch import nn
 
 import lighthouse_fx
-from lighthouse_fx import LighthouseConfig, verify
-from lighthouse_fx.passes.rewrite import lighthouse as rewriting
+from lighthouse_fx import LighthouseConfig, passes, verify
+from lighthouse_fx.passes import CALLS
+from lighthouse_fx.passes.attention_call import DOCUMENTS
+from lighthouse_fx.passes.match.sdpa import is_attention
+from lighthouse_fx.passes.rewrite.lighthouse import rewrite_attention
 
 
 def what_failed(verification):
@@ -205,9 +208,16 @@ def test_the_stages_configuration_is_verified():
 # --- wrong rewrites -----------------------------------------------------------------------------------------------------
 
 
-def without(name):
-    right = rewriting._carried_over
-    return lambda call: {key: value for key, value in right(call).items() if key != name}
+def damage(monkeypatch, change):
+    """Let a change follow the pass that rewrites: it is given the rewritten graph and its inner SDPA, if any."""
+
+    def wrong(gm, example_inputs, *, config):
+        gm = rewrite_attention(gm, example_inputs, config=config)
+        change(gm.graph, next(filter(is_attention, gm.graph.nodes), None))
+        gm.recompile()
+        return gm
+
+    monkeypatch.setattr(passes, "PIPELINE", [wrong if step is rewrite_attention else step for step in passes.PIPELINE])
 
 
 def scaled(q, k, v):
@@ -216,7 +226,12 @@ def scaled(q, k, v):
 
 @pytest.mark.parametrize("name", ["scale", "is_causal"])
 def test_a_dropped_argument_is_caught(monkeypatch, name):
-    monkeypatch.setattr(rewriting, "_carried_over", without(name))
+    def drop(graph, inner):
+        given = {"is_causal": True, "scale": 0.7, "enable_gqa": True}
+        inner.target, inner.args = F.scaled_dot_product_attention, inner.args[:3]
+        inner.kwargs = {key: value for key, value in given.items() if key != name}
+
+    damage(monkeypatch, drop)
     found = verify(Model(1, scaled), inputs(), config=CONFIG)
     assert not found.passed
     assert (found.calls[0].module, "output") in what_failed(found)
@@ -225,16 +240,11 @@ def test_a_dropped_argument_is_caught(monkeypatch, name):
 
 
 def test_exchanged_queries_and_keys_are_caught(monkeypatch):
-    right = rewriting._rewrite
+    def exchange(graph, inner):
+        query, key, *rest = inner.args
+        inner.args = (key, query, *rest)
 
-    def wrong(call, config, index, *rest):
-        graph = call.node.graph
-        right(call, config, index, *rest)
-        gathers = [n for n in graph.nodes if n.target is torch.ops.lighthouse_fx.gather.default]
-        (inner,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-        inner.args = (gathers[1], gathers[0], gathers[2])
-
-    monkeypatch.setattr(rewriting, "_rewrite", wrong)
+    damage(monkeypatch, exchange)
 
     def attend(q, k, v):  # as many keys as queries, so that nothing but the numbers is wrong
         k, v = k.contiguous(), v.contiguous()
@@ -245,16 +255,11 @@ def test_exchanged_queries_and_keys_are_caught(monkeypatch):
 
 def test_a_gradient_that_is_cut_is_caught(monkeypatch):
     # The loss and all outputs are right here: only the gradients tell.
-    right = rewriting._rewrite
-
-    def wrong(call, config, index, *rest):
-        graph = call.node.graph
-        right(call, config, index, *rest)
-        (inner,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+    def cut(graph, inner):
         with graph.inserting_before(inner):
             inner.args = (graph.call_method("detach", (inner.args[0],)), *inner.args[1:])
 
-    monkeypatch.setattr(rewriting, "_rewrite", wrong)
+    damage(monkeypatch, cut)
     found = verify(Model(1), inputs(), config=CONFIG)
     assert not found.passed
     assert {what for _, what in what_failed(found)} == {"gradients of q, k, v", "gradients of parameters"}
@@ -262,8 +267,15 @@ def test_a_gradient_that_is_cut_is_caught(monkeypatch):
 
 def rewritten_as(monkeypatch, change):
     """The graph becomes another call's than the report tells."""
-    right = rewriting._rewrite
-    monkeypatch.setattr(rewriting, "_rewrite", lambda call, *rest: right(change(call), *rest))
+
+    def wrong(gm, example_inputs, *, config):
+        calls = gm.meta[CALLS]
+        gm.meta[CALLS] = tuple(map(change, calls))
+        gm = rewrite_attention(gm, example_inputs, config=config)
+        gm.meta[CALLS] = calls
+        return gm
+
+    monkeypatch.setattr(passes, "PIPELINE", [wrong if step is rewrite_attention else step for step in passes.PIPELINE])
 
 
 SELECTIONS = {
@@ -292,17 +304,14 @@ def test_norms_that_are_scored_are_caught(monkeypatch):
 
 @pytest.mark.parametrize("op", ["select", "attention_in_documents", "scatter"])
 def test_documents_that_one_op_does_not_get_are_caught(monkeypatch, op):
-    right = rewriting._rewrite
-
-    def wrong(call, config, index, mask_users, documents, known):
-        graph = call.node.graph
-        right(call, config, index, mask_users, documents, known)
+    def withhold(graph, inner):
         (node,) = graph.find_nodes(op="call_function", target=getattr(torch.ops.lighthouse_fx, op).default)
+        (documents,) = (x for x in node.all_input_nodes if x.name == DOCUMENTS)
         with graph.inserting_before(node):
             alone = graph.call_function(torch.zeros_like, (documents,))
         node.replace_input_with(documents, alone)
 
-    monkeypatch.setattr(rewriting, "_rewrite", wrong)
+    damage(monkeypatch, withhold)
     with lighthouse_fx.documents(NUMBERS):
         found = verify(Model(1), inputs(), config=CONFIG)
     assert not found.passed
