@@ -1,8 +1,12 @@
-"""What every test starts from: no compiled graphs, the default stage, a fixed seed; GPU tests only where there is a GPU."""
+"""What every test starts from: no compiled graphs, the default stage, a fixed seed; GPU tests only where there is a GPU.
 
-import importlib.util
+A run has compiler caches of its own, which its workers share: a damaged cache of the user's cannot fail a test, nor a run
+that was killed the next one.
+"""
+
 import os
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,6 +14,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    _build = Path(__file__).parents[1] / "build"
+    _build.mkdir(exist_ok=True)
+    # It is removed when this process ends; the workers of pytest-xdist inherit the names.
+    _caches = tempfile.TemporaryDirectory(prefix="test-caches-", dir=_build, ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_caches.name}/inductor"
+    os.environ["TRITON_CACHE_DIR"] = f"{_caches.name}/triton"
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on the CPU, slowly
@@ -54,16 +66,6 @@ def float64_through_inductor(monkeypatch, tmp_path):
         yield
 
 
-def skip_without_interpreter():
-    """Skip the test where Triton's kernels cannot run on the CPU."""
-    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton, and a machine without a GPU")
-    import interpreter
-
-    if problem := interpreter.problem():
-        pytest.skip(problem)
-
-
 @pytest.fixture(params=["plain", "interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernels(request, monkeypatch):
     """What serves the ops: the plain twins, Triton under its interpreter on the CPU, or Triton on the GPU.
@@ -71,6 +73,8 @@ def kernels(request, monkeypatch):
     On the GPU every tensor that a test makes lies there. The interpreter serves eager calls; compiled graphs keep the op.
     """
     if request.param == "interpreted":
+        from interpreter import skip_without_interpreter
+
         skip_without_interpreter()
         monkeypatch.setattr(dispatch, "serving", lambda device: "Triton")
     if request.param == "gpu":

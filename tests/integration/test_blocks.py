@@ -24,6 +24,7 @@ from torch import nn
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
+from lighthouse_fx.frontend.regional import repeated_blocks
 
 
 def mixed_twin(model, dense):
@@ -252,14 +253,14 @@ def test_bad_config():
 def test_the_list_with_the_most_parameters_is_the_models_blocks():
     model = Model(3)
     model.extra = nn.ModuleList([nn.Linear(2, 2)])
-    assert lighthouse_fx.blocks.repeated_blocks(model) is model.layers
+    assert repeated_blocks(model) is model.layers
 
 
 def test_blocks_may_lie_in_a_dict_of_numbers():
     model = Model(3)
     model.parts = nn.ModuleDict({"only": nn.ModuleDict({str(n): block for n, block in enumerate(model.layers)})})
     blocks, model.layers = model.parts["only"], model.layers[:1]
-    assert lighthouse_fx.blocks.repeated_blocks(model) is blocks
+    assert repeated_blocks(model) is blocks
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_budget(tmp_path):
 
 
 def test_picture_of_the_published_runs(tmp_path):
-    published = SCRIPT.parents[2] / "benchmarks" / "results" / "recipes_wsd.json"
+    published = SCRIPT.parents[1] / "benchmarks" / "results" / "recipes_wsd.json"
     (tmp_path / "runs.json").write_bytes(published.read_bytes())
     command = [sys.executable, str(SCRIPT.with_name("recipe_seeds.py")), str(tmp_path / "runs.json")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

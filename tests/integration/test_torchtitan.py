@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from functional_oracle import Functional
 from small_models import CONFIG, passes_only
-from test_models import Functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import lighthouse_fx

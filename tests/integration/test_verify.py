@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs
+from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs, what_failed
 from torch import nn
 
 import lighthouse_fx
@@ -15,10 +15,6 @@ from lighthouse_fx.passes import CALLS
 from lighthouse_fx.passes.attention_call import DOCUMENTS
 from lighthouse_fx.passes.match.sdpa import is_attention
 from lighthouse_fx.passes.rewrite.lighthouse import rewrite_attention
-
-
-def what_failed(verification):
-    return {(check.where, check.what) for check in verification.checks if not check.passed}
 
 
 def test_a_right_rewrite_passes_and_every_quantity_is_compared():
@@ -144,7 +140,8 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("kind", ["qwen3", "olmo2", "gemma3"])
 def test_models_with_norms_on_queries_and_keys(kind):
     pytest.importorskip("transformers")
-    from test_qk_norm_models import LAYERS, MODELS, tokens
+    from language_models import tokens
+    from qk_norm_models import LAYERS, MODELS
 
     ids = tokens()
     found = verify(MODELS[kind]().train(), ids, labels=ids, config=CONFIG)
@@ -187,7 +184,7 @@ def test_documents(model):
 
 def test_documents_in_a_real_model():
     transformers = pytest.importorskip("transformers")
-    from test_qk_norm_models import SIZES
+    from qk_norm_models import SIZES
 
     ids = torch.randint(0, 96, (2, TOKENS))
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).train()

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_stand_in import stand_in
-from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, causal, inputs
-from test_verify import what_failed
+from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, causal, inputs, what_failed
 from torch import nn
 from torch.nn.attention import flex_attention as flexible
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, verify
+from lighthouse_fx.passes import attention_call
 from lighthouse_fx.passes.match import unfused
 from lighthouse_fx.passes.rewrite import equal_heads
 from lighthouse_fx.passes.rewrite import lighthouse as rewriting
@@ -222,7 +222,7 @@ def test_a_scale_that_was_read_wrongly_is_caught(monkeypatch):
 def test_a_mask_that_was_not_looked_at_is_caught(monkeypatch):
     right = unfused._understood
     monkeypatch.setattr(
-        unfused, "_understood", lambda *x, **y: lighthouse_fx.passes.call.replace(right(*x, **y), mask=None, score_mask=None)
+        unfused, "_understood", lambda *x, **y: attention_call.replace(right(*x, **y), mask=None, score_mask=None)
     )
     found = verify(Model(1, written_out), inputs(), config=CONFIG)
     assert what_failed(found) == {("layers.0.attn", REPLACED)} and not found.passed

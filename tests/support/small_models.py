@@ -122,3 +122,7 @@ def assert_same_gradients(model, oracle, x, **tolerance):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def what_failed(verification):
+    return {(check.where, check.what) for check in verification.checks if not check.passed}

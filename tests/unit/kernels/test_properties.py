@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_select import assert_same, assert_valid
+from selections import assert_same, assert_valid
 
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
 from lighthouse_fx.kernels import REVISION, Pyramid, reference

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import skip_without_interpreter
+from interpreter import skip_without_interpreter
 
 from lighthouse_fx.kernels import Pyramid, reference
 

@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import B, H, N, by_arange, heads, only_call, targets
 from small_models import CONFIG, FIELDS, Model, functional, inputs, passes_only
-from test_masks import by_arange
-from test_passes import B, H, N, heads, only_call, targets
 from torch import nn
 
 import lighthouse_fx

@@ -5,33 +5,21 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import B, D, G, H, N, only_call, traced, with_gradients
 from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, inputs, passes_only, twin
-from test_passes import B, D, G, H, N, only_call, traced
 from torch import nn
+from unfused_parts import SCALE, hidden, qkv, scores, seen
 
 import lighthouse_fx
 from lighthouse_fx.passes import CALLS, run_passes
 from lighthouse_fx.passes.attention_call import fake
 
-SCALE = 0.3
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 NEVER = float("-inf")
 
 
-def seen(n=N):
-    return torch.ones(n, n, dtype=torch.bool).tril()
-
-
-def hidden(n=N):
-    return ~seen(n)
-
-
 def bias(dtype=torch.float64, low=NEVER):
     return torch.full((N, N), low, dtype=dtype).triu(1)
-
-
-def scores(q, k):
-    return q @ k.transpose(-2, -1)
 
 
 def in_three_dimensions(q, k, v, scores=lambda q, k: torch.bmm(q, k.transpose(1, 2)) * SCALE):
@@ -106,16 +94,6 @@ CAUSAL = {
     "dropout in eval mode": lambda q, k, v: F.dropout((scores(q, k) * SCALE + bias()).softmax(-1), 0.5, training=False) @ v,
     "turned around": lambda q, k, v: (torch.softmax(scores(q, k) * SCALE + bias(), -1).to(v.dtype) @ v).transpose(1, 2),
 }
-
-
-def qkv(groups=H, dtype=torch.float64):
-    return [torch.randn(B, h, N, D, dtype=dtype, requires_grad=True) for h in (H, groups, groups)]
-
-
-def with_gradients(function, tensors):
-    out = function(*tensors)
-    torch.manual_seed(1)
-    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), tensors)
 
 
 def assert_becomes(function, oracle, tensors, tolerance=TIGHT):

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import B, H, N, only_call, with_gradients
 from small_models import CONFIG, FIELDS, gradients, inputs, passes_only
-from test_by_hand import SCALE, hidden, qkv, scores, seen, with_gradients
-from test_passes import B, H, N, only_call
 from torch import nn
+from unfused_parts import SCALE, hidden, qkv, scores, seen
 
 import lighthouse_fx
 from lighthouse_fx import lighthouse_attention

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import B, D, G, H, N, gathered_heads, heads, only_call, with_gradients
 from small_models import CONFIG, FIELDS, passes_only
-from test_passes import B, D, G, H, N, gathered_heads, heads, only_call
 
 import lighthouse_fx
 
@@ -40,12 +40,6 @@ EQUAL = {  # heads that are repeated -> the same without repeating them
     "what was repeated is written to": (lambda x: (y := x * 1, y.repeat_interleave(R, dim=1), y.mul_(2))[1], lambda x: x),
     "a negative dimension": (lambda x: x.repeat_interleave(R, -3).square(), lambda x: x.square()),
 }
-
-
-def with_gradients(function, tensors):
-    out = function(*tensors)
-    torch.manual_seed(1)
-    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), tensors)
 
 
 def qkv():

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_stand_in import stand_in
+from graphs import B, D, G, H, N, assert_left, only_call, with_gradients
 from small_models import CONFIG, FIELDS, passes_only
-from test_passes import B, D, G, H, N, only_call
 
 import lighthouse_fx
 
@@ -19,12 +19,6 @@ flash = pytest.fixture(scope="module")(stand_in)
 
 def qkv(groups=H, size=D):
     return [torch.randn(B, N, h, size, dtype=torch.float64, requires_grad=True) for h in (H, groups, groups)]
-
-
-def with_gradients(function, tensors):
-    out = function(*tensors)
-    torch.manual_seed(1)
-    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype)).sum(), tensors)
 
 
 def in_layout(attend):
@@ -84,20 +78,6 @@ OTHER = {
     "probabilities": ({"return_attn_probs": True}, "log-sum-exp"),
     "negative scale": ({"softmax_scale": -1.0}, "softmax_scale is -1.0"),
 }
-
-
-def assert_left(function, tensors, because):
-    graphs = []
-
-    def untouched(gm, _):
-        graphs.append(str(gm.graph))
-        return gm
-
-    torch.compile(function, backend=untouched)(*tensors)
-    torch._dynamo.reset()
-    gm, call = only_call(function, *tensors)
-    assert call.refusal is not None and because in call.refusal.reason, call.refusal
-    assert str(gm.graph) == graphs[0]  # the user's own
 
 
 @pytest.mark.parametrize("case", OTHER)

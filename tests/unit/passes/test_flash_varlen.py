@@ -5,9 +5,8 @@ import types
 import pytest
 import torch
 from flash_stand_in import stand_in
+from graphs import D, G, H, N, assert_left, only_call, with_gradients
 from small_models import CONFIG, FIELDS, HEADS, WIDTH, passes_only
-from test_flash_functions import assert_left, with_gradients
-from test_passes import D, G, H, N, only_call
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,8 +6,8 @@ declared to need them.
 
 import pytest
 import torch
+from graphs import B, D, G, H, N, with_gradients
 from small_models import CONFIG, FIELDS, passes_only
-from test_passes import B, D, G, H, N
 from torch.nn.attention.flex_attention import (
     BlockMask,
     and_masks,
@@ -74,12 +74,6 @@ def call_of(function, *tensors):
     if call.refusal is not None:
         assert str(gm.graph) == before  # the user's own
     return gm, call
-
-
-def with_gradients(function, tensors):
-    out = function(*tensors)
-    torch.manual_seed(1)
-    return out, torch.autograd.grad((out * torch.randn(out.shape, dtype=out.dtype, device=out.device)).sum(), tensors)
 
 
 @pytest.mark.parametrize("groups", [H, G])

@@ -10,11 +10,10 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import attend, by_arange, only_call, targets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import FIELDS, passes_only
-from test_masks import attend, by_arange
-from test_passes import only_call, targets
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint

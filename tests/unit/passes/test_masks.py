@@ -5,21 +5,12 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import H, N, assert_refused, attend, by_arange, heads, only_call, targets, traced
 from small_models import CONFIG
-from test_passes import CALLS, H, N, assert_refused, heads, only_call, targets, traced
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
-from lighthouse_fx.passes import run_passes
-
-
-def attend(q, mask):
-    return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
-
-
-def by_arange(n=N):
-    positions = torch.arange(n)
-    return positions[:, None] >= positions[None, :]
+from lighthouse_fx.passes import CALLS, run_passes
 
 
 def in_place(*steps, start=lambda: torch.full((N, N), float("-inf"))):

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import only_call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import (
@@ -20,7 +21,6 @@ from small_models import (
     inputs,
     passes_only,
 )
-from test_passes import only_call
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

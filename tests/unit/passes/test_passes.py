@@ -3,52 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import OPS, B, D, G, H, N, assert_refused, gathered_heads, heads, only_call, targets, traced
 from small_models import CONFIG, FIELDS, Block, Model, causal, inputs, passes_only
 from torch import nn
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
 from lighthouse_fx.passes import CALLS, run_passes
-
-B, H, G, N, D = 2, 4, 2, 64, 8
-OPS = torch.ops.lighthouse_fx
-
-
-def traced(function, *args, config=CONFIG, **kwargs):
-    """Dynamo's graphs of a function after the passes."""
-    graphs = []
-
-    def backend(gm, example_inputs):
-        graphs.append(run_passes(gm, example_inputs, config=config))
-        return gm
-
-    torch.compile(function, backend=backend)(*args, **kwargs)
-    return graphs
-
-
-def only_call(function, *args, config=CONFIG, **kwargs):
-    """What became of the only attention call of a function."""
-    (gm,) = traced(function, *args, config=config, **kwargs)
-    (call,) = gm.meta[CALLS]
-    return gm, call
-
-
-def heads(count=H, tokens=N, size=D, grad=True, dtype=torch.float32):
-    return torch.randn(B, count, tokens, size, dtype=dtype, requires_grad=grad)
-
-
-def targets(gm):
-    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
-
-
-def assert_refused(function, *args, because, config=CONFIG, **kwargs):
-    before = function(*args, **kwargs)
-    gm, call = only_call(function, *args, config=config, **kwargs)
-    assert call.refusal is not None
-    assert because in call.refusal.reason
-    assert not any("lighthouse_fx" in str(target) for target in targets(gm) if target not in (OPS.gather.default,))
-    torch.testing.assert_close(function(*args, **kwargs), before, rtol=0, atol=0)
-    return call.refusal
 
 
 def test_call_becomes_select_three_gathers_itself_and_scatter():
@@ -399,10 +360,6 @@ REPEATS = {
     "repeat_interleave": lambda x: x.repeat_interleave(H // G, dim=1),
     "function": lambda x: torch.repeat_interleave(x, repeats=H // G, dim=-3).contiguous(),
 }
-
-
-def gathered_heads(gm):
-    return [n.meta["example_value"].shape[1] for n in gm.graph.nodes if n.target is OPS.gather.default]
 
 
 @pytest.mark.parametrize("spelling", REPEATS)
