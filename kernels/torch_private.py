@@ -36,6 +36,7 @@ try:
     from torch._library.custom_ops import CustomOpDef
     from torch._logging._internal import trace_structured
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.autograd.graph import _engine_run_backward as run_backward
     from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
@@ -80,6 +81,7 @@ __all__ = [
     "CustomOpDef",
     "DictGetItemSource",
     "DynamoContext",
+    "FakeTensor",
     "FunctionalTensorMode",
     "GetItemSource",
     "GlobalSource",

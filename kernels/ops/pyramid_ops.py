@@ -10,6 +10,7 @@ heads, `N` tokens, `S` entries, `P` windows of all levels, `D` head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -259,14 +260,16 @@ def attend(
     known: Tensor | None = None,
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
+    checks: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The op sequence that the compiler pass writes into a graph, as a function: select, gather, attend, scatter.
+    """Lighthouse attention: select, gather, attend, scatter. The compiler pass traces this function into a graph.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
         starts: int32 `[B, N]`, where each token's document begins, at most `max_documents` in a row; None: one document.
         known: what is known of the documents on the CPU, see `known_documents.plan`.
         score_q: `[B, H, N, *]`, what the scorer reads in place of q; score_k: `[B, G, N, *]`.
+        checks: int32 zeros, `[]`, of operations that raise where an assumption fails; the result depends on them.
 
     Returns:
         `[B, H, N, Dv]` in q's dtype.
@@ -285,10 +288,12 @@ def attend(
         scorer,
         dilation,
         is_causal,
-        scale,
+        scale if scorer != "norm" else None,  # elsewhere it would only tie the selection to a traced number
         REVISION,
         starts,
     )
+    for zero in checks:
+        entries = entries + zero
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
     if starts is not None:
         out = documents.attention_in_documents(

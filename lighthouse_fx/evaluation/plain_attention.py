@@ -15,11 +15,11 @@ from torch import Tensor, fx
 
 from lighthouse_fx.kernels.packed.attention import starts_of
 from lighthouse_fx.passes import CALLS, AttentionCall
-from lighthouse_fx.passes.attention_call import Steps, fake
+from lighthouse_fx.passes.attention_call import fake
 from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.match.flash_attn import find_flash_functions
 from lighthouse_fx.passes.rewrite.cleanup import remove_leftovers
-from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM
+from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM, lay_out
 from lighthouse_fx.passes.rewrite.replace import replace_node
 
 
@@ -89,19 +89,12 @@ def layout_of(call: AttentionCall) -> Callable[[Tensor, Sequence[Tensor]], Tenso
     shape, strides = list(like.shape), list(like.stride())
 
     def laid_out(out: Tensor, projection: Sequence[Tensor]) -> Tensor:
-        out = as_given(out, call.steps, projection)
+        out = lay_out(out, call.steps, projection)
         if list(out.shape) != shape or list(out.stride()) == strides:
             return out
         return torch.empty_strided(shape, strides, dtype=out.dtype, device=out.device).copy_(out)
 
     return laid_out
-
-
-def as_given(out: Tensor, steps: Steps, projection: Sequence[Tensor]) -> Tensor:
-    """An output `[B, H, N, D]` after a call's `steps` and `projection`."""
-    for method, arguments in steps:
-        out = getattr(out, method)(*arguments)
-    return F.linear(out, *projection) if projection else out
 
 
 def erase(call: AttentionCall) -> None:

@@ -30,14 +30,14 @@ from lighthouse_fx.passes import CALLS
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.passes.decide.check import pyramid_over
 from lighthouse_fx.passes.ir.subgraphs import regions
-from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM
+from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM, lay_out
 from lighthouse_fx.report.report import AttentionRecord, GraphReport, Report
 from lighthouse_fx.runtime import stage
 from lighthouse_fx.runtime.documents import heeded
 
 from .functional_calls import FunctionalGraphs, unpaired
 from .observed_calls import ObservedCall, Observer
-from .plain_attention import as_given, without_flash_attn
+from .plain_attention import without_flash_attn
 from .verification_result import Check, Quantity, Verification, difference
 
 
@@ -336,5 +336,5 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
             config.max_documents, config.kernel,
         )  # fmt: skip
     out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)
-    out = as_given(out, b.steps, [x if x is None else x.detach().cpu() for x in b.projection])
+    out = lay_out(out, b.steps, [x if x is None else x.detach().cpu() for x in b.projection])
     return out.to(b.tensors[0].device)

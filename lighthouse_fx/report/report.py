@@ -325,8 +325,8 @@ def _gathers(node: fx.Node) -> bool:
 def _target(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
-    name = str(getattr(node.target, "__name__", node.target))
-    return f"lighthouse_fx.{name.removesuffix('.default')}" if "lighthouse_fx" in str(node.target) else name
+    name = str(getattr(node.target, "__name__", node.target)).removesuffix(".default")
+    return f"lighthouse_fx.{name}" if "lighthouse_fx" in str(node.target) else name
 
 
 def _shape(tensor: Any) -> Shape:

@@ -3,19 +3,19 @@
 Before:
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=s)
 
-After:
+After: what `kernels.attend` does, traced
     select  = lighthouse_fx.select(q, k, v, ...)            -> entries = select[0], slots = select[1]
     gather  = lighthouse_fx.gather(q, entries, slots, ...)
     gather1 = lighthouse_fx.gather(k, entries, slots, ...)
     gather2 = lighthouse_fx.gather(v, entries, slots, ...)
-    inner   = scaled_dot_product_attention(gather, gather1, gather2, is_causal=True, scale=s)
+    inner   = scaled_dot_product_attention(gather, gather1, gather2, None, 0.0, True, scale=s)
     out     = lighthouse_fx.scatter(inner, entries, slots, N, ...)
 
 `select` reads what the scorer is to read, which for the `norm` scorer may be q and k before a norm (`qk_norm.py`).
 
-Where the mask is only assumed to be causal, the entries hang on a check of it (`kernels/ops/causal_mask.py`):
+Where the mask is only assumed to be causal, the entries depend on a check of it (`kernels/ops/causal_mask.py`):
     check   = lighthouse_fx.check_causal(mask, ...)         -> entries = select[0] + check
-where the mask is applied, which in attention by hand is before its output. So they do on a check of the lists of blocks that
+where the mask is applied, which in unfused attention is before its output. So they do on a check of the lists of blocks that
 FlexAttention is given (`kernels/ops/block_lists.py`).
 
 On a GPU, and where a kernel is asked for, `inner` is `lighthouse_fx.attention`: the same, and which stock kernel runs it.
@@ -27,30 +27,27 @@ documents becomes that alone, on all tokens:
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
-from lighthouse_fx.kernels import REVISION
-from lighthouse_fx.kernels.geometry import tokens_of_tile
+from lighthouse_fx.kernels import REVISION, attend
+from lighthouse_fx.kernels.packed.attention import attention_in_documents
 from lighthouse_fx.kernels.reference.scorers import require_fla
-from lighthouse_fx.kernels.sdpa import has_choice, require_package, resolved
+from lighthouse_fx.kernels.sdpa import require_package, resolved
 
-from ..attention_call import CALLS, DOCUMENTS, KNOWN, AttentionCall, fake
+from ..attention_call import CALLS, DOCUMENTS, KNOWN, AttentionCall, ScoreMask, Steps, fake
 from ..config import LighthouseConfig
 from ..decide.check import pyramid_over
 from ..ir.subgraphs import Region, brought
-from ..match.sdpa import is_attention
-from .replace import replace_node
+from .replace import insert, replace_node
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
-_TOKEN_LAYOUT = (("transpose", (1, 2)), ("contiguous", ()), ("transpose", (1, 2)))  # as scatter's: models may view it
 _OPS = torch.ops.lighthouse_fx
 REWRITTEN_FROM = "lighthouse_call"  # node.meta: the index of the attention call that a node belongs to
 
@@ -107,142 +104,108 @@ def _origin(node: Any, region: Region) -> Any:
 
 
 def _rewrite(
-    call: AttentionCall,
-    config: LighthouseConfig,
-    index: int,
-    mask_users: str,
-    documents: fx.Node | None,
-    known: fx.Node | None,
+    call: AttentionCall, config: LighthouseConfig, index: int, mask_users: str, documents: fx.Node | None, known: fx.Node | None
 ) -> fx.Node:
-    graph, node = call.node.graph, call.node
-    q, k, v = call.query, call.key, call.value
-    fakes = {n: n.meta["example_value"] for n in (q, k, v, node)}
-    if call.kept_inside:
-        config = replace(config, levels=1, topk=1, quota=None)  # all tokens are entries, whatever the length
-    pyramid = pyramid_over(fakes[q].shape[2], config)
-    batch, groups = fakes[k].shape[:2]
+    """Put what takes a call's place into the graph, and return its output."""
+    meta = {name: call.node.meta[name] for name in _KEPT_META if name in call.node.meta} | {REWRITTEN_FROM: index}
 
-    def add(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any, op: str) -> fx.Node:
-        new = graph.create_node(op, target, args, kwargs)
-        new.meta = {name: node.meta[name] for name in _KEPT_META if name in node.meta}
-        new.meta |= {"example_value": value, REWRITTEN_FROM: index}
-        return new
+    def put(function: Callable[..., Tensor], *arguments: Any, before: fx.Node = call.node) -> fx.Node:
+        node: fx.Node = insert(function, *arguments, before=before, meta=meta)
+        return node
 
-    def function(target: Any, *args: Any, value: Any = None, **kwargs: Any) -> fx.Node:
-        return add(target, args, kwargs, value, "call_function")
-
-    def empty(like: fx.Node, *shape: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        x: torch.Tensor = fakes[like]
-        with torch.no_grad():
-            return x.new_empty(shape, dtype=dtype or x.dtype)
-
-    levels, pooling = config.levels, config.pooling
-    # The scale matters to a scorer that attends; elsewhere it would only tie the selection to a traced number.
-    scale = call.scale if call.scorer != "norm" else None
-    with graph.inserting_before(node):
-        length = pyramid.length
-        if isinstance(length, torch.SymInt):
-            length = add("size", (q, 2), {}, length, "call_method")
-        topk: Any = pyramid.topk
-        if isinstance(topk, torch.SymInt):  # a topk that follows the length: whole tiles of it
-            of_tile = tokens_of_tile(pyramid.quota_, levels=levels, pooling=pooling)
-            tiles = function(operator.floordiv, length, of_tile, value=pyramid.tiles)
-            topk = function(operator.mul, tiles, pyramid.quota_, value=topk)
-        index_tensors = (
-            empty(k, batch, groups, pyramid.gathered, dtype=torch.int32),
-            empty(k, batch, groups, pyramid.size, dtype=torch.int32),
-        )
-        starts: tuple[fx.Node, ...] = ()
-        most: int = config.max_documents
-        if call.documents is not None and call.documents is documents:
-            starts = (brought(documents, call.region),)
-            known = brought(known, call.region) if known is not None else None
-        elif call.documents is not None and call.documents.target is _OPS.packed_starts.default:
-            starts = (call.documents,)
-            borders = fake(call.documents.args[1])
-            if borders is not None and isinstance(borders.shape[0], int):  # as many as flash-attn is told of
-                most = min(most, borders.shape[0] - 1)
-        elif call.documents is not None:
-            fakes[call.documents] = call.documents.meta["example_value"]
-            like = empty(call.documents, batch, pyramid.length, dtype=torch.int32)
-            starts = (function(_OPS.document_starts.default, call.documents, value=like),)
-        if call.kept_inside:
-            places = empty(k, pyramid.gathered, dtype=torch.int32)
-            entries = function(torch.arange, length, dtype=torch.int32, device=places.device, value=places)
-            counts = [add("size", (k, dim), {}, fakes[k].shape[dim], "call_method") for dim in (0, 1)]
-            entries = add("expand", (entries, *counts, -1), {}, index_tensors[0], "call_method")
-        else:
-            selection = function(
-                _OPS.select.default,
-                call.score_query or q, call.score_key or k, v, levels, pooling, topk, pyramid.quota or 0,
-                config.keep_first, call.scorer, config.dilation, call.is_causal, scale, REVISION, *starts,
-                value=index_tensors,
-            )  # fmt: skip
-            entries, slots = (function(operator.getitem, selection, i, value=index_tensors[i]) for i in (0, 1))
-        if call.unproved is not None:
-            zero, form = empty(k, dtype=torch.int32), call.score_mask
-            with graph.inserting_before(form.node if form else node):  # later, something else may have been written to it
-                mask = call.unproved
-                if form and form.fill is not None and form.hides:
-                    mask = function(torch.logical_not, mask, value=torch.logical_not(mask.meta["example_value"]))
-                check = function(_OPS.check_causal.default, mask, mask_users, REVISION, value=zero)
-            entries = function(operator.add, entries, check, value=index_tensors[0])
-        for count, indices, full_count, full_indices, *rest in call.blocks:
-            own = starts if call.documents is not documents else ()  # what its mask_mod compares
-            check = function(
-                _OPS.check_blocks.default,
-                count, indices, full_count, full_indices, own[0] if own else None, length, *rest, _name(call), REVISION,
-                value=empty(k, dtype=torch.int32),
-            )  # fmt: skip
-            entries = function(operator.add, entries, check, value=index_tensors[0])
-        gathered = (q, k, v) if call.kept_inside else [
-            function(
-                _OPS.gather.default,
-                x, entries, slots, levels, pooling, REVISION,
-                value=empty(x, *fakes[x].shape[:2], pyramid.gathered, fakes[x].shape[3]),
-            )
-            for x in (q, k, v)
-        ]  # fmt: skip
-        out = fakes[node] if is_attention(node) else empty(node, *fakes[q].shape[:3], fakes[v].shape[3])
-        attended = empty(node, *out.shape[:2], pyramid.gathered, out.shape[3])
-        if starts:
-            inner = function(
-                _OPS.attention_in_documents.default,
-                *gathered, entries, *starts, levels, pooling, topk, pyramid.quota or 0,
-                call.dropout_p, call.scale, call.enable_gqa,
-                most, resolved(out.device, config.kernel), known if call.documents is documents else None,
-                value=attended,
-            )  # fmt: skip
-        elif not has_choice(out.device, config.kernel):
-            target = node.target if is_attention(node) else F.scaled_dot_product_attention
-            inner = function(target, *gathered, value=attended, **_carried_over(call))
-        else:
-            inner = function(
-                _OPS.attention.default,
-                *gathered, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
-                resolved(out.device, config.kernel),
-                value=attended,
-            )  # fmt: skip
-        result = inner if call.kept_inside else function(
-            _OPS.scatter.default,
-            inner, entries, slots, length, levels, pooling, call.is_causal, REVISION, *starts,
-            value=out,
-        )  # fmt: skip
-        for method, arguments in (*(_TOKEN_LAYOUT if call.kept_inside else ()), *call.steps):
-            out = getattr(out, method)(*arguments)
-            result = add(method, (result, *arguments), {}, out, "call_method")
-        if call.projection:
-            result = function(F.linear, result, *call.projection, value=fakes[node])
+    q, k, v, starts = call.query, call.key, call.value, call.documents
+    given = starts is not None and starts is documents  # by `documents(...)`; otherwise by the model itself
+    if given:
+        starts = brought(starts, call.region)
+    elif starts is not None and starts.target is not _OPS.packed_starts.default:
+        starts = put(_OPS.document_starts.default, starts)
+    known = brought(known, call.region) if given and known is not None else None
+    checks = []
+    if call.unproved is not None:
+        # Where the mask is applied: later, something else may have been written to it.
+        applied = call.score_mask.node if call.score_mask else call.node
+        checks.append(put(partial(_check_mask, call.score_mask, mask_users), call.unproved, before=applied))
+    for lists in call.blocks:
+        compared = None if given else starts  # what the call's mask_mod compares
+        checks.append(put(partial(_check_blocks, _name(call)), q, compared, lists))
+    attend_ = partial(_attend_inside if call.kept_inside else _attend, call, config)
+    scored = call.score_query, call.score_key
+    result = put(attend_, q, k, v, scored, starts, known, tuple(checks), call.dropout_p, call.scale, call.projection)
+    result.meta["example_value"] = call.node.meta["example_value"]
     return result
 
 
-def _carried_over(call: AttentionCall) -> dict[str, Any]:
-    """The call's own keyword arguments, as it gave them; a mask that proved causal is gone."""
-    kept = {
-        "dropout_p": call.dropout_p,
-        "is_causal": call.is_causal,
-        "scale": call.scale,
-        "enable_gqa": call.enable_gqa,
-    }
-    usual = {"dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    return {name: value for name, value in kept.items() if isinstance(value, fx.Node) or value != usual[name]}
+def _attend(
+    call: AttentionCall,
+    config: LighthouseConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scored: tuple[Tensor | None, Tensor | None],
+    starts: Tensor | None,
+    known: Tensor | None,
+    checks: Sequence[Tensor],
+    dropout_p: float,
+    scale: float | None,
+    projection: Sequence[Tensor | None],
+) -> Tensor:
+    out = attend(
+        q, k, v, pyramid_over(q.shape[2], config),
+        scorer=call.scorer, dilation=config.dilation, is_causal=call.is_causal, scale=scale, enable_gqa=call.enable_gqa,
+        dropout_p=dropout_p, kernel=resolved(q.device, config.kernel), starts=starts, known=known,
+        max_documents=_most_documents(call, config), score_q=scored[0], score_k=scored[1], checks=checks,
+    )  # fmt: skip
+    return lay_out(out, call.steps, projection)
+
+
+def _attend_inside(
+    call: AttentionCall,
+    config: LighthouseConfig,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scored: tuple[Tensor | None, Tensor | None],
+    starts: Tensor,
+    known: Tensor | None,
+    checks: Sequence[Tensor],
+    dropout_p: float,
+    scale: float | None,
+    projection: Sequence[Tensor | None],
+) -> Tensor:
+    """Dense attention inside documents: all tokens are entries."""
+    entries = torch.arange(q.shape[2], dtype=torch.int32, device=k.device).expand(*k.shape[:2], -1)  # [B, G, N]
+    for zero in checks:
+        entries = entries + zero
+    out: Tensor = attention_in_documents(
+        q, k, v, entries, starts, 1, config.pooling, 1, 0, dropout_p, scale, call.enable_gqa, config.max_documents,
+        resolved(q.device, config.kernel), known,
+    )  # fmt: skip
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)  # lies as scatter's output does: models may view it
+    return lay_out(out, call.steps, projection)
+
+
+def lay_out(out: Tensor, steps: Steps, projection: Sequence[Tensor | None]) -> Tensor:
+    """An output `[B, H, N, D]` as a call gives it: after its `steps` and its `projection`."""
+    for method, arguments in steps:
+        out = getattr(out, method)(*arguments)
+    return F.linear(out, *projection) if projection else out  # type: ignore[arg-type]
+
+
+def _most_documents(call: AttentionCall, config: LighthouseConfig) -> int:
+    """How many documents a row may hold: as many as flash-attn is told of, where it is."""
+    if call.documents is not None and call.documents.target is _OPS.packed_starts.default:
+        borders = fake(call.documents.args[1])
+        if borders is not None and isinstance(borders.shape[0], int):
+            return min(config.max_documents, borders.shape[0] - 1)
+    return config.max_documents
+
+
+def _check_mask(applied: ScoreMask | None, users: str, mask: Tensor) -> Tensor:
+    hides = applied is not None and applied.fill is not None and applied.hides
+    zero: Tensor = _OPS.check_causal(mask.logical_not() if hides else mask, users, REVISION)
+    return zero
+
+
+def _check_blocks(name: str, q: Tensor, starts: Tensor | None, lists: tuple[Any, ...]) -> Tensor:
+    zero: Tensor = _OPS.check_blocks(*lists[:4], starts, q.shape[2], *lists[4:], name, REVISION)
+    return zero

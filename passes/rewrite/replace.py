@@ -1,6 +1,6 @@
-"""Put a node in the place of an attention call: in the graph, and in what is known of the other calls.
+"""Put the operations of a function into a graph, and a node in the place of an attention call.
 
-    y = sdpa(q, k, v)               y = scatter(...)
+    y = sdpa(q, k, v)               y = scatter(...)        # what `insert(attend, q, k, v, ...)` has traced
     z = sdpa(y, k, v)       ->      z = sdpa(y, k, v)       # its AttentionCall has the new y as its query
 
 A call may read another one's output as its query, key, value, mask, scored tensor or documents. Its `AttentionCall` names that
@@ -9,14 +9,54 @@ output's node, so replacing the node in the graph alone is not enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
+from lighthouse_fx.kernels.torch_private import FakeTensor, pytree
+
 from ..attention_call import AttentionCall, ScoreMask
+
+
+def insert(function: Callable[..., Any], *arguments: Any, before: fx.Node, meta: Mapping[str, Any]) -> Any:
+    """Put the operations that a function performs into a graph, as AOTAutograd will see them.
+
+    The function is traced on the fake tensors that Dynamo saw, so the same code serves eager mode and graphs. Operators with
+    autograd formulas of their own stay whole, sizes that are symbols stay symbols.
+
+    Args:
+        arguments: nodes, constants, and nested tuples of them.
+        before: the node that the operations go before.
+        meta: what the metadata of each new node begins with.
+
+    Returns:
+        The node of the function's result.
+    """
+    leaves, structure = pytree.tree_flatten(arguments)
+    nodes = list(dict.fromkeys(x for x in leaves if isinstance(x, fx.Node)))
+
+    def on_values(*values: Any) -> Any:
+        given: dict[Any, Any] = dict(zip(nodes, values, strict=True))
+        return function(*pytree.tree_unflatten([given[x] if isinstance(x, fx.Node) else x for x in leaves], structure))
+
+    values = [node.meta["example_value"] for node in nodes]
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    with torch.no_grad(), fake_mode:
+        traced = make_fx(on_values, pre_dispatch=True)(*values)
+    copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    with before.graph.inserting_before(before):
+        for node in traced.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], copies.__getitem__)
+            if node not in copies:
+                copies[node] = before.graph.node_copy(node, copies.__getitem__)
+                copies[node].meta = {**meta, "example_value": node.meta.get("val")}
+    raise AssertionError("a graph ends with its output")
 
 
 def replace_node(

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import damage
 from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs, what_failed
 from torch import nn
 
@@ -13,7 +14,6 @@ import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, passes, verify
 from lighthouse_fx.passes import CALLS
 from lighthouse_fx.passes.attention_call import DOCUMENTS
-from lighthouse_fx.passes.match.sdpa import is_attention
 from lighthouse_fx.passes.rewrite.lighthouse import rewrite_attention
 
 
@@ -203,18 +203,6 @@ def test_the_stages_configuration_is_verified():
 
 
 # --- wrong rewrites -----------------------------------------------------------------------------------------------------
-
-
-def damage(monkeypatch, change):
-    """Let a change follow the pass that rewrites: it is given the rewritten graph and its inner SDPA, if any."""
-
-    def wrong(gm, example_inputs, *, config):
-        gm = rewrite_attention(gm, example_inputs, config=config)
-        change(gm.graph, next(filter(is_attention, gm.graph.nodes), None))
-        gm.recompile()
-        return gm
-
-    monkeypatch.setattr(passes, "PIPELINE", [wrong if step is rewrite_attention else step for step in passes.PIPELINE])
 
 
 def scaled(q, k, v):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flash_stand_in import stand_in
+from graphs import damage
 from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, causal, inputs, what_failed
 from torch import nn
 from torch.nn.attention import flex_attention as flexible
@@ -15,7 +16,6 @@ from lighthouse_fx import LighthouseConfig, verify
 from lighthouse_fx.passes import attention_call
 from lighthouse_fx.passes.match import unfused
 from lighthouse_fx.passes.rewrite import equal_heads
-from lighthouse_fx.passes.rewrite import lighthouse as rewriting
 
 flash = pytest.fixture(scope="module")(stand_in)
 REPLACED = "the attention it replaces"
@@ -239,15 +239,10 @@ def test_heads_that_are_not_equal_are_caught(monkeypatch):
 
 
 def test_exchanged_keys_and_values_are_caught(monkeypatch):
-    right = rewriting._rewrite
+    def exchange(graph, inner):
+        query, key, value, *rest = inner.args
+        inner.args = (query, value, key, *rest)
 
-    def wrong(call, config, index, *rest):
-        graph = call.node.graph
-        right(call, config, index, *rest)
-        gathers = [n for n in graph.nodes if n.target is torch.ops.lighthouse_fx.gather.default]
-        (inner,) = graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
-        inner.args = (gathers[0], gathers[2], gathers[1])
-
-    monkeypatch.setattr(rewriting, "_rewrite", wrong)
+    damage(monkeypatch, exchange)
     found = verify(Model(1, written_out), inputs(), config=CONFIG)
     assert ("layers.0.attn", "output") in what_failed(found) and ("layers.0.attn", REPLACED) not in what_failed(found)

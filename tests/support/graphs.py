@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from small_models import CONFIG
 
+from lighthouse_fx import passes
 from lighthouse_fx.passes import CALLS, run_passes
+from lighthouse_fx.passes.match.sdpa import is_attention
+from lighthouse_fx.passes.rewrite.lighthouse import rewrite_attention
 
 B, H, G, N, D = 2, 4, 2, 64, 8
 OPS = torch.ops.lighthouse_fx
@@ -78,3 +81,15 @@ def attend(q, mask):
 def by_arange(n=N):
     positions = torch.arange(n)
     return positions[:, None] >= positions[None, :]
+
+
+def damage(monkeypatch, change):
+    """Let a change follow the pass that rewrites: it is given the rewritten graph and its inner SDPA, if any."""
+
+    def wrong(gm, example_inputs, *, config):
+        gm = rewrite_attention(gm, example_inputs, config=config)
+        change(gm.graph, next(filter(is_attention, gm.graph.nodes), None))
+        gm.recompile()
+        return gm
+
+    monkeypatch.setattr(passes, "PIPELINE", [wrong if step is rewrite_attention else step for step in passes.PIPELINE])

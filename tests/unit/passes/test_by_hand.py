@@ -13,6 +13,7 @@ from unfused_parts import SCALE, hidden, qkv, scores, seen
 import lighthouse_fx
 from lighthouse_fx.passes import CALLS, run_passes
 from lighthouse_fx.passes.attention_call import fake
+from lighthouse_fx.passes.match.sdpa import is_attention
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 NEVER = float("-inf")
@@ -176,8 +177,8 @@ def test_dropout_carries_over():
     module = nn.Dropout(0.25)
     gm, call = only_call(lambda q, k, v: module((scores(q, k) * SCALE + bias()).softmax(-1)) @ v, *qkv())
     assert call.refusal is None and call.dropout_p == 0.25
-    (inner,) = [node for node in gm.graph.nodes if node.target is F.scaled_dot_product_attention]
-    assert inner.kwargs["dropout_p"] == 0.25
+    (inner,) = filter(is_attention, gm.graph.nodes)
+    assert inner.args[4] == 0.25  # dropout_p
     _, call = only_call(lambda q, k, v: module.eval()((scores(q, k) * SCALE + bias()).softmax(-1)) @ v, *qkv())
     assert call.dropout_p == 0.0
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import B, H, N, heads, traced
 from small_models import CONFIG, FIELDS, causal, passes_only
-from test_passes import B, H, N, heads, traced
 from torch import nn
 
 import lighthouse_fx
