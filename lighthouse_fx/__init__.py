@@ -5,6 +5,8 @@
 rewrites the attention of a model that trains into Lighthouse attention, and leaves inference dense.
 """
 
+from .evaluation.future_leak import future_leak
+from .evaluation.future_leak_result import FutureLeak
 from .evaluation.passkey import Passkey
 from .evaluation.validate import validate
 from .evaluation.validation_result import Validation
@@ -30,6 +32,7 @@ __all__ = [
     "AttentionRecord",
     "BudgetControl",
     "Divergence",
+    "FutureLeak",
     "GraphReport",
     "LighthouseConfig",
     "Passkey",
@@ -43,6 +46,7 @@ __all__ = [
     "dense",
     "documents",
     "explain",
+    "future_leak",
     "lighthouse_attention",
     "pretraining",
     "profile",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lighthouse_fx.evaluation.future_leak import CUTS
 from lighthouse_fx.evaluation.passkey import Passkey, utf8
 from lighthouse_fx.evaluation.validate import validate
 from lighthouse_fx.extras import transformers
@@ -39,13 +40,14 @@ def add_parser(commands: Any) -> None:
         "validate",
         summary="check a trained model: dense loss, passkeys, dense inference",
         description=(
-            "Asks four questions of a language model: is its inference dense; is dense attention trained (its loss beside "
-            "that under Lighthouse attention); does a longer context help; is a digit found again in a long text. The exit "
-            "status is 1 if inference is not dense or the loss is no number, and otherwise 0, whatever the other answers."
+            "Asks five questions of a language model: is its inference dense; is dense attention trained (its loss beside "
+            "that under Lighthouse attention); does a longer context help; does the loss of a token depend on what follows it "
+            "(--leak); is a digit found again in a long text (--passkey). The exit status is 1 if inference is not dense, "
+            "dense attention leaks or the loss is no number, and otherwise 0, whatever the other answers."
         ),
         examples="""
 lighthouse validate path/to/model --text held_out.txt --length 8192 --passkey
-lighthouse validate my_module:model --text held_out.txt --out found
+lighthouse validate my_module:model --text held_out.txt --leak --out found
 """,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP.format(returns="the model"))
@@ -59,6 +61,10 @@ lighthouse validate my_module:model --text held_out.txt --out found
     parser.add_argument(
         "--passkey", type=int, nargs="*", metavar="N", help="look for passkeys in prompts of N tokens; without N: 1/4, 1/2, all"
     )
+    parser.add_argument(
+        "--leak", type=at_least_one, nargs="?", const=CUTS, default=0, metavar="CUTS",
+        help=f"measure how much the loss owes to later tokens, at so many places; without CUTS: {CUTS}",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to load a transformers model in; default: its own")
     add_device(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write figures and pictures (extra 'plot')")
@@ -81,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         config=config_from(options, model),
         passkey=passkey,
         batch=options.batch,
+        leak_cuts=options.leak,
         progress=sys.stderr.isatty(),
     )
     found.print(console(_WIDTH))

@@ -43,13 +43,21 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, rows: Tensor, *, call: Callable[..., Any] | None = None) -> Tensor:
-    """The loss of each next token in nats, float64 on the CPU. rows: `[B, N + 1]`; returns `[B, N]`."""
+def token_losses(
+    model: nn.Module, rows: Tensor, *, targets: Tensor | None = None, call: Callable[..., Any] | None = None
+) -> Tensor:
+    """The loss of each next token in nats, float64 on the CPU. rows: `[B, N + 1]`; returns `[B, N]`.
+
+    Args:
+        targets: rows that the next tokens are taken from, by default the same.
+        call: what to call in place of the model.
+    """
     logits = logits_of(model, rows[:, :-1], call=call)  # [B, N, V]
+    following = (rows if targets is None else targets)[:, 1:]  # [B, N]
     step = max(1, _AT_ONCE // (logits.shape[0] * logits.shape[2]))
     parts = [
-        F.cross_entropy(some.transpose(1, 2).float(), targets, reduction="none")
-        for some, targets in zip(logits.split(step, dim=1), rows[:, 1:].split(step, dim=1), strict=True)
+        F.cross_entropy(some.transpose(1, 2).float(), wanted, reduction="none")
+        for some, wanted in zip(logits.split(step, dim=1), following.split(step, dim=1), strict=True)
     ]
     return torch.cat(parts, dim=1).double().cpu()
 

@@ -1,7 +1,8 @@
 """`validate(model, data)`: is the pre-trained model the ordinary dense model that it should be, and a good one?
 
-Four questions: is inference dense; is dense attention trained, which the loss under it shows beside the loss under
-Lighthouse attention; does a longer context help; is a digit found again in a long text. The model is not changed.
+Five questions: is inference dense; is dense attention trained, which the loss under it shows beside the loss under
+Lighthouse attention; does a longer context help; does a token's loss depend on what follows it; is a digit found again in a
+long text. The model is not changed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
+from lighthouse_fx.arguments import check_integer
 from lighthouse_fx.frontend.as_trained import AsTrained
 from lighthouse_fx.frontend.existing_compilation import setting_of
 from lighthouse_fx.frontend.explain import compile_anew
@@ -23,6 +25,7 @@ from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.report.report import AttentionRecord
 from lighthouse_fx.runtime import journal, stage
 
+from .future_leak import CUTS, measure_leak
 from .model_outputs import evaluating, logits_of, token_losses
 from .passkey import Passkey, find_passkeys
 from .validation_result import Inference, Paired, PositionLoss, Validation
@@ -38,6 +41,7 @@ def validate(
     config: LighthouseConfig | None = None,
     passkey: Passkey | None = None,
     batch: int = 1,
+    leak_cuts: int = 0,
     check_inference: bool = True,
     progress: bool = False,
 ) -> Validation:
@@ -54,6 +58,7 @@ def validate(
         config: the Lighthouse attention; by default as the model is compiled, otherwise `LighthouseConfig()`.
         passkey: look for passkeys, too: `Passkey(lengths=(4096, 16384), encode=tokenizer.encode)`.
         batch: windows at once, where data is a tensor.
+        leak_cuts: measure the leak from the future (`future_leak`) at so many places, such as 96; 0: do not.
         check_inference: run the compiled model once; a model that is not compiled with this backend is for this.
         progress: show bars.
 
@@ -72,6 +77,7 @@ def validate(
             f"validate() was called inside documents(), {stage.documents}, which the uncompiled model does not heed, and its "
             "dense losses are that model's: call it outside, with windows of one document each"
         )
+    check_integer("leak_cuts", leak_cuts, least=0, example=CUTS)
     batches = _checked(data, batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batches = [rows.to(device) for rows in batches]
@@ -94,6 +100,9 @@ def validate(
         with torch.compiler.set_stance("force_eager"):
             vocabulary = logits_of(model, batches[0][:1, half:-1]).shape[-1]  # of a length that it was given above
         inference = _inference(model, batches[0][:, :-1], lighthouse.config) if check_inference else None
+        leak = None
+        if leak_cuts:
+            leak = measure_leak(model, lighthouse, torch.cat(batches), leak_cuts, batch=len(batches[0]))
         found = None
         if passkey is not None:
             with torch.compiler.set_stance("force_eager"):
@@ -113,14 +122,14 @@ def validate(
         positions=_by_position(own, other),
         calls=tuple(calls),
         inference=inference,
+        leak=leak,
         passkey=found,
     )
 
 
 def _checked(data: Any, batch: int) -> list[Tensor]:
     """Batches of token numbers of one length."""
-    if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch={batch!r} is no number of windows: give an integer of at least 1")
+    check_integer("batch", batch, least=1)
     batches = list(data.split(batch)) if isinstance(data, Tensor) and data.dim() == 2 else data
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         shown = f"has shape {list(data.shape)}" if isinstance(data, Tensor) else f"is a {type(data).__name__}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -10,14 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.report.report import AttentionRecord
+from lighthouse_fx.report.text import as_text, or_dash
 
 from . import validation_figures
+from .future_leak_result import FutureLeak, Leak, said
 from .passkey import CHANCE, PasskeyResult
 
 Answer = Literal["yes", "no", "unclear"]
@@ -91,7 +92,7 @@ class Validation:
         context_gain: how much lower the loss of a window's last quarter is than that of the same tokens after only half of
             the window's text; None for windows that are too short for that.
         positions: the loss by where in the window a token is. calls: what became of each attention call.
-        inference, passkey: None where that was not asked for.
+        inference, leak, passkey: None where that was not asked for.
     """
 
     title: str
@@ -106,12 +107,14 @@ class Validation:
     positions: tuple[PositionLoss, ...]
     calls: tuple[AttentionRecord, ...]
     inference: Inference | None
+    leak: FutureLeak | None
     passkey: PasskeyResult | None
 
     @property
     def passed(self) -> bool:
-        """Whether the model is sound: inference is dense, as far as that was checked, and its loss is a number."""
-        return math.isfinite(self.dense_loss) and (self.inference is None or self.inference.passed)
+        """Whether the model is sound: its loss is a number and, as far as that was checked, inference is dense and causal."""
+        dense = self.inference is None or self.inference.passed
+        return math.isfinite(self.dense_loss) and dense and (self.leak is None or self.leak.dense[0].reading != "leaks")
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -135,6 +138,10 @@ class Validation:
                 text=f"the last quarter of {self.length:,} tokens has a loss lower by {gain.mean:+.4f} nats (standard error "
                 f"{gain.error:.4f}) with all tokens before it than with at most {self.length - self.length // 2:,}",
             )
+        if (leak := self.leak) is not None:
+            if leak.lighthouse:
+                yield _no_leak("Is Lighthouse attention free of leaks from the future?", leak.lighthouse[0])
+            yield _no_leak("Is dense attention free of leaks from the future?", leak.dense[0])
         if (found := self.passkey) is not None:
             yield Finding(
                 question="Are passkeys found?",
@@ -165,9 +172,9 @@ class Validation:
         for column in ("tokens", "dense loss", "Lighthouse loss*"):
             losses.add_column(column, justify="right")
         for at in self.positions:
-            losses.add_row(f"{at.start:,} to {at.end:,}", f"{at.dense:.4f}", _or_dash(at.lighthouse))
+            losses.add_row(f"{at.start:,} to {at.end:,}", f"{at.dense:.4f}", or_dash(at.lighthouse, ".4f"))
         losses.add_section()
-        losses.add_row("all", f"{self.dense_loss:.4f}", _or_dash(self.lighthouse_loss))
+        losses.add_row("all", f"{self.dense_loss:.4f}", or_dash(self.lighthouse_loss, ".4f"))
         answers = Table(title="findings", title_justify="left")
         for column in ("question", "answer", "why"):
             answers.add_column(column, overflow="fold")
@@ -175,16 +182,16 @@ class Validation:
             answer = Text(finding.answer, style=_STYLES[finding.answer])
             answers.add_row(Text(finding.question), answer, Text(finding.text))
         note = Text("* no likelihood: the choice of windows sees later tokens", style="dim italic")
-        return Group(Text(self._headline()), losses, note, *([self._passkeys()] if self.passkey else []), answers)
+        asked: list[RenderableType] = [self.leak.table()] if self.leak else []
+        asked += [self._passkeys()] if self.passkey else []
+        return Group(Text(self._headline()), losses, note, *asked, answers)
 
     def print(self, console: Console | None = None) -> None:
         """Print the table."""
         (console or Console()).print(self.table())
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(width=150, file=text).print(self.table())
-        return text.getvalue()
+        return as_text(self.table(), width=150)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data."""
@@ -227,8 +234,9 @@ def _answer(sign: int, wanted: int) -> Answer:
     return "unclear" if sign == 0 else "yes" if sign == wanted else "no"
 
 
-def _or_dash(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"
+def _no_leak(question: str, leak: Leak) -> Finding:
+    answers: dict[str, Answer] = {"none seen": "yes", "leaks": "no", "unclear": "unclear"}
+    return Finding(question=question, answer=answers[leak.reading], text=said(leak))
 
 
 def _finite(value: Any) -> Any:

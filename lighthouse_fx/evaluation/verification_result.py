@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from lighthouse_fx.report.report import AttentionRecord
+from lighthouse_fx.report.text import as_text
 
 Quantity = Literal[
     "the attention it replaces",
@@ -103,9 +102,7 @@ class Verification:
         return table
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(width=140, file=text).print(self.table())
-        return text.getvalue()
+        return as_text(self.table(), width=140)
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
