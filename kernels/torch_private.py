@@ -12,7 +12,9 @@ import torch
 try:
     from torch import _assert_async
     from torch import _native_multi_head_attention as fused_multi_head_attention
+    from torch import _TorchCompileWrapper as TorchCompileWrapper
     from torch import _transformer_encoder_layer_fwd as fused_encoder_layer
+    from torch._C import _current_graph_task_id as current_backward
     from torch._C import _get_sdp_priority_order as sdp_priority_order
     from torch._C import _has_storage as has_storage
     from torch._C import _set_grad_enabled as set_grad_enabled
@@ -30,7 +32,7 @@ try:
         LocalSource,
     )
     from torch._dynamo.symbolic_convert import InstructionTranslator
-    from torch._guards import Guard, Source, TracingContext
+    from torch._guards import CompileContext, Guard, Source, TracingContext
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
     from torch._library.custom_ops import CustomOpDef
@@ -71,6 +73,12 @@ def bounds(size: int | torch.SymInt) -> tuple[int, int]:
     return 0 if least is None else least, _LARGEST if most is None else min(most, _LARGEST)
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass."""
+    running: int = current_backward()
+    return running != -1
+
+
 def is_unbacked(size: int | torch.SymInt) -> bool:
     """Whether a size hangs on data, so that nothing can be guarded on it."""
     return isinstance(size, torch.SymInt) and has_free_unbacked_symbols(size)
@@ -78,6 +86,7 @@ def is_unbacked(size: int | torch.SymInt) -> bool:
 
 __all__ = [
     "AttrSource",
+    "CompileContext",
     "CustomOpDef",
     "DictGetItemSource",
     "DynamoContext",
@@ -95,6 +104,7 @@ __all__ = [
     "OpOverloadPacket",
     "OptimizedModule",
     "Source",
+    "TorchCompileWrapper",
     "TracingContext",
     "assert_async",
     "bounds",
@@ -107,6 +117,7 @@ __all__ = [
     "fused_encoder_layer",
     "fused_multi_head_attention",
     "has_storage",
+    "in_backward",
     "is_traceable_wrapper_subclass",
     "list_mode_options",
     "list_options",

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import fx
 
-from .kernels.torch_private import compile_fx, list_mode_options, list_options, trace_structured
+from .kernels.torch_private import TorchCompileWrapper, compile_fx, list_mode_options, list_options, trace_structured
 from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
 from .passes.attention_call import EXCLUDED, NO_GRADIENTS
 from .passes.config import LighthouseConfig, config_field_names
 from .passes.decide.check import unmatched
 from .report.report import GraphReport, as_networkx, mark_calls, record
-from .runtime import documents, dynamo, journal, stage, wrappers
+from .runtime import document_inputs, guards, journal, stage, wrappers
+from .runtime.modules import Modules
 from .runtime.wrappers import Compiled
 
 _log = logging.getLogger("lighthouse_fx")
@@ -50,7 +53,7 @@ def lighthouse(
     Raises:
         TypeError, ValueError: an unknown or bad option, naming it and the valid ones.
     """
-    config, patches = split_options(options or {})
+    config, patches = split_options(_keep_options(options or {}))
     if mode is not None:
         patches |= list_mode_options(mode)
     return _compiled(gm, example_inputs, config, patches)
@@ -63,7 +66,7 @@ def lighthouse_excluded(
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """The backend of layers that stay dense in every stage: Inductor alone, but that attention is kept inside documents."""
-    config, patches = split_options(options or {})
+    config, patches = split_options(_keep_options(options or {}))
     return _compiled(gm, example_inputs, config, patches, excluded=Refusal(reason=EXCLUDED_BY_COMPILE))
 
 
@@ -74,39 +77,44 @@ def _compiled(
     patches: dict[str, Any],
     excluded: Refusal | None = None,
 ) -> Compiled:
-    report, rewritten = rewrite(gm, example_inputs, config, excluded)
+    report, rewritten, conditions = rewrite(gm, example_inputs, config, excluded)
     calls: Sequence[AttentionCall] = rewritten.meta[CALLS]
-    gradients = torch.is_grad_enabled()
-    modules = dynamo.Modules(rewritten)
-    around = [module for call in calls if not gradients for _, module in modules.around(call.node)]
-    example_inputs = [*example_inputs, *documents.example_of(rewritten)]
+    example_inputs = [*example_inputs, *document_inputs.example_documents(rewritten)]
     compiled = cast(Compiled, compile_fx(rewritten, example_inputs, config_patches=patches))
-    compiled = documents.heeded(compiled, rewritten, report.calls, stage.current.resolve(config) or config)
+    compiled = document_inputs.bind_documents(compiled, rewritten, conditions.state.stage.resolve(config) or config)
+    compiled = document_inputs.warn_of_unaware_calls(compiled, report.calls)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
     if not any(call.exact or call.rewritable for call in calls):
-        return wrappers.noted(compiled, report.calls) if calls else compiled
+        return wrappers.record_runs(compiled, report.calls) if calls else compiled
     rewritable = any(call.rewritable for call in calls)
-    if gradients or not rewritable:
-        return wrappers.staged(compiled, report.calls, config if rewritable else None)
-    would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
-    return wrappers.without_gradients(compiled, report.calls, around, rewritten=would)
+    if torch.is_grad_enabled() or not rewritable:
+        compiled = wrappers.check_checkpoints(compiled, report.calls, config if rewritable else None, conditions.around)
+    else:
+        would = any(call.refusal is _WITHOUT_GRADIENTS for call in calls)
+        compiled = wrappers.check_reentrant(compiled, report.calls, conditions.around, rewritten=would)
+    return wrappers.check_conditions(compiled, conditions)
 
 
 def rewrite(
     gm: fx.GraphModule, example_inputs: Sequence[Any], own: LighthouseConfig, excluded: Refusal | None = None
-) -> tuple[GraphReport, fx.GraphModule]:
+) -> tuple[GraphReport, fx.GraphModule, guards.Conditions]:
     """Guard the graph, run the passes and record what they did.
 
     Args:
         own: the backend's own options, which the stage may override.
         excluded: why the whole graph stays dense, whatever the stage says.
+
+    Returns:
+        The record, the rewritten graph, and what that graph is valid for.
     """
     _artifact("before", gm)
-    config = stage.current.resolve(own)
+    state = stage.now()
+    config = state.stage.resolve(own)
     gradients = torch.is_grad_enabled()
-    modules = dynamo.Modules(gm)
+    modules = Modules(gm)
     modules.name_nodes(gm)
-    gm = documents.prepared(gm)  # before anything is noted in its meta: DDP copies the graph that it gave, meta and all
+    # Before anything is noted in its meta: DDP copies the graph that it gave, meta and all.
+    gm = document_inputs.allow_document_input(gm)
     gm.meta |= {LAYERS: modules.layer, TRAINING: modules.training}
     if not gradients:
         gm.meta[NO_GRADIENTS] = _WITHOUT_GRADIENTS
@@ -118,12 +126,20 @@ def rewrite(
     gm = run_passes(gm, example_inputs, config=config or own)
     del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
     calls = gm.meta[CALLS]
-    documents.settle_input(gm)
+    document_inputs.drop_unused_inputs(gm)
     exact, rewritable = any(call.exact for call in calls), any(call.rewritable for call in calls)
+    on_stage = (gradients and rewritable) or (exact and state.packed)  # Dynamo guards on the gradient mode
     if exact or rewritable:
-        dynamo.guard_on_documents()
-    if (gradients and rewritable) or (exact and stage.packed):  # Dynamo guards on the gradient mode
-        dynamo.guard_on_stage()
+        guards.guard_on_documents()
+    if on_stage:
+        guards.guard_on_stage()
+    conditions = guards.Conditions(
+        state=state,
+        stage=on_stage,
+        documents=exact or rewritable,
+        modes=modules.modes,
+        around=tuple(ref(module) for call in calls if call.rewritable for _, module in modules.around(call.node)),
+    )
     if gradients and rewritable and config is not None:
         _report_unmatched(config, modules, calls)
     modules.name_nodes(gm)  # the new ones
@@ -131,7 +147,18 @@ def rewrite(
     report = GraphReport(calls=tuple(map(record, calls)), before=before, after=as_networkx(gm, calls))
     _log.info("%s", report.summary())
     _artifact("after", gm)
-    return report, gm
+    return report, gm, conditions
+
+
+def _keep_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Make later compilations of the same `torch.compile` call see the options of this one.
+
+    It holds the caller's own dict, which may be changed since, for another model.
+    """
+    held_by = sys._getframe(2).f_locals.get("self")
+    if isinstance(held_by, TorchCompileWrapper) and held_by.kwargs.get("options") is options:
+        held_by.kwargs["options"] = dict(options)
+    return options
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[LighthouseConfig, dict[str, Any]]:
@@ -154,7 +181,7 @@ def split_options(options: Mapping[str, Any]) -> tuple[LighthouseConfig, dict[st
     return LighthouseConfig(**ours), rest
 
 
-def _report_unmatched(config: LighthouseConfig, modules: dynamo.Modules, calls: Sequence[AttentionCall]) -> None:
+def _report_unmatched(config: LighthouseConfig, modules: Modules, calls: Sequence[AttentionCall]) -> None:
     """Warn of entries of `dense_layers` that mean nothing in the user's model."""
     layers = {layer.path: layer for call in calls if (layer := modules.layer(call.node))}
     names = set().union(*(modules.names(call.node) for call in calls if call.module))

@@ -33,7 +33,7 @@ from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM, lay_out
 from lighthouse_fx.report.report import AttentionRecord, GraphReport, Report
 from lighthouse_fx.runtime import stage
-from lighthouse_fx.runtime.documents import heeded
+from lighthouse_fx.runtime.document_inputs import bind_documents, warn_of_unaware_calls
 
 from .functional_calls import FunctionalGraphs, unpaired
 from .observed_calls import ObservedCall, Observer
@@ -117,11 +117,11 @@ def _rewritten(model: nn.Module, batch: Any, config: LighthouseConfig) -> _Run:
     graphs: list[GraphReport] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report, gm = rewrite(gm, example_inputs, config)
+        report, gm, _ = rewrite(gm, example_inputs, config)
         graphs.append(report)
         without_flash_attn(gm)
         _observe(gm, report.calls, observer)
-        return heeded(gm, gm, report.calls, config)
+        return warn_of_unaware_calls(bind_documents(gm, gm, config), report.calls)
 
     run = _train(compile_anew(model, backend), model, batch, observer, graphs)
     if not any(attention.rewritten for attention in run.calls):

@@ -19,7 +19,9 @@ from lighthouse_fx.passes import CALLS, LAYERS, PIPELINE, Refusal
 from lighthouse_fx.passes.attention_call import NO_GRADIENTS
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.report.report import AttentionRecord, record
-from lighthouse_fx.runtime import documents, dynamo
+from lighthouse_fx.runtime import document_inputs
+from lighthouse_fx.runtime.guards import guard_on_documents
+from lighthouse_fx.runtime.modules import Modules
 
 from .existing_compilation import setting_of
 from .explain import compile_anew
@@ -68,12 +70,12 @@ class AsTrained:
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend: the passes of training, over a graph that is traced without gradients."""
-        modules = dynamo.Modules(gm)
+        modules = Modules(gm)
         modules.name_nodes(gm)
         gm.meta |= {LAYERS: modules.layer, NO_GRADIENTS: _WITHOUT_GRADIENTS}
         if self._inside_documents:
-            dynamo.guard_on_documents()
-            gm = documents.prepared(gm)
+            guard_on_documents()
+            gm = document_inputs.allow_document_input(gm)
         for step in PIPELINE:
             gm = step(gm, example_inputs, config=self.config)
             # The check refuses for missing gradients only what it would rewrite with them.
@@ -82,11 +84,11 @@ class AsTrained:
                 for call in gm.meta[CALLS]
             )
         del gm.meta[LAYERS]  # it holds the user's modules
-        documents.settle_input(gm)
+        document_inputs.drop_unused_inputs(gm)
         calls = [record(call) for call in gm.meta[CALLS]]
         if self._look is not None:
             self._look(gm, calls)
-        rewritten = documents.supplied(gm, gm, self.config)
+        rewritten = document_inputs.bind_documents(gm, gm, self.config)
 
         def run(*args: Any) -> Any:
             self.calls += calls

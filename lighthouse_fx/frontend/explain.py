@@ -60,7 +60,7 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
 
     def record_only(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         outputs = _outputs(gm)
-        report, _ = rewrite(gm, example_inputs, setting.config)
+        report, *_ = rewrite(gm, example_inputs, setting.config)
         graphs.append(_restated(report, setting))
         return lambda *_: tuple(map(_stand_in, outputs))
 

@@ -1,11 +1,12 @@
-"""What this process compiled and ran so far: the records behind `reports()` and behind `strict=True`.
+"""What was compiled and ran so far: the records behind `reports()` and behind `strict=True`.
 
-Records are made from the graph before any cache is asked, so that a warm cache loses nothing. What runs can be
-watched, because only that tells whether rewritten graphs really took part in a step.
+Reports are kept for the whole process. They are made from the graph before any cache is asked, so that a warm cache loses
+nothing. What runs can be watched, thread by thread, because only that tells whether rewritten graphs took part in a step.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,8 +19,17 @@ _KEPT = 256
 
 
 _reports: deque[GraphReport] = deque(maxlen=_KEPT)
-_watching: list[list[AttentionRecord]] = []
-_counting: list[list[AttentionRecord]] = []
+
+
+class _Watchers(threading.local):
+    """The lists that collect what this thread runs."""
+
+    def __init__(self) -> None:
+        self.watching: list[list[AttentionRecord]] = []
+        self.counting: list[list[AttentionRecord]] = []
+
+
+_watchers = _Watchers()
 
 
 def add(report: GraphReport) -> None:
@@ -37,21 +47,21 @@ def reports() -> tuple[GraphReport, ...]:
 
 def ran(calls: Sequence[AttentionRecord], *, again: bool = False) -> None:
     """A graph with these attention calls is about to run; `again`, where it recomputes an activation checkpoint."""
-    for seen in _watching:
+    for seen in _watchers.watching:
         seen.extend(calls)
     if torch.is_grad_enabled() and not again:
-        for seen in _counting:
+        for seen in _watchers.counting:
             seen.extend(calls)
 
 
 def watch() -> AbstractContextManager[list[AttentionRecord]]:
-    """Collect the attention calls of all graphs that run meanwhile."""
-    return _collect(_watching)
+    """Collect the attention calls of all graphs that run meanwhile in this thread."""
+    return _collect(_watchers.watching)
 
 
 def count() -> AbstractContextManager[list[AttentionRecord]]:
-    """Collect the attention calls that train meanwhile, each once: not those without gradients, nor recomputations."""
-    return _collect(_counting)
+    """Collect the attention calls that train meanwhile in this thread, each once: neither without gradients nor recomputed."""
+    return _collect(_watchers.counting)
 
 
 @contextmanager

@@ -1,26 +1,29 @@
 """Which stage of training is on: Lighthouse, dense, or neither said.
 
 `pretraining(...)` and `dense()` set the stage for the whole process, all threads, as long as they last. A compiled model
-guards on `key`, so that a change of stage recompiles once and going back finds the graph compiled before. The state is
-this module's names, because a guard can reach a module attribute from any frame. So are `documents`, the documents that are
-on (`attention.py`), and `packed`, whether there are any: which ones, no graph depends on.
+guards on `State.key`, so that a change of stage recompiles once and going back finds the graph compiled before. The documents
+that are on are kept here as well; of them a graph depends on `State.packed` alone, whether there are any.
+
+`current`, `key`, `documents` and `packed` are what is on now. What is compiled reads `now()` instead.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
+from lighthouse_fx.kernels.torch_private import CompileContext
 from lighthouse_fx.passes.config import LighthouseConfig, check_fields
 
-if TYPE_CHECKING:
-    from .documents import Documents
+from .packed_rows import PackedRows
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Entered = TypeVar("Entered")
@@ -50,12 +53,39 @@ class Stage:
 
 
 _DEFAULT = Stage(kind="default")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What is on from one change to the next: the stage and the documents, with what graphs are guarded by.
+
+    Attributes:
+        key: all of the stage that a graph depends on; packed: whether there are documents.
+        thread: which thread made it so.
+    """
+
+    stage: Stage = _DEFAULT
+    documents: PackedRows | None = None
+    key: str = str(_DEFAULT)
+    packed: bool = False
+    thread: int = 0
+
+
 _entered: list[tuple[Context, Stage]] = []  # contexts that are on, the one entered last at the end
-current = _DEFAULT
-_packed: list[Documents] = []  # likewise
-documents: Documents | None = None
-packed = False
-key = str(current)
+_packed: list[PackedRows] = []  # likewise
+_state = State()
+_changing = threading.Lock()
+_compiling: WeakKeyDictionary[CompileContext, State] = WeakKeyDictionary()
+current, key, documents, packed = _state.stage, _state.key, _state.documents, _state.packed
+
+
+def now() -> State:
+    """What is on, in one reading. In a thread that compiles: what was on when that compilation asked first.
+
+    So what the passes read and what the graph is guarded by are the same, whatever other threads do meanwhile.
+    """
+    context = CompileContext.try_get()
+    return _state if context is None else _compiling.setdefault(context, _state)
 
 
 class Context(ContextDecorator):
@@ -82,13 +112,14 @@ class Context(ContextDecorator):
         return super().__call__(func)
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # of this thread: another one may compile
             # A graph is compiled for the stage in which it is traced; a stage that changes inside it would go unseen.
             raise RuntimeError(
                 "the stage was entered inside a compiled function: enter pretraining() or dense() around the compiled call"
             )
-        _entered.append((self, self._stage))
-        _update()
+        with _changing:
+            _entered.append((self, self._stage))
+            _update()
 
     def __exit__(self, *error: object) -> None:
         _leave(_entered, lambda entered: entered[0] is self)
@@ -143,25 +174,27 @@ def _with_topk(on: Stage, topk: int) -> Context:
     return Context(Stage(kind="pretraining", fields=tuple((name, given[name]) for name in names)))
 
 
-def enter_documents(entered: Documents) -> None:
+def enter_documents(entered: PackedRows) -> None:
     """Make these the documents that are on, until they are left or others are entered."""
-    _packed.append(entered)
-    _update()
+    with _changing:
+        _packed.append(entered)
+        _update()
 
 
-def leave_documents(left: Documents) -> None:
+def leave_documents(left: PackedRows) -> None:
     """Take these back: on are those entered last among the others, in whichever order they are left."""
     _leave(_packed, lambda entered: entered is left)
 
 
 def _leave(entered: list[Entered], is_left: Callable[[Entered], bool]) -> None:
-    del entered[max(place for place, one in enumerate(entered) if is_left(one))]
-    _update()
+    with _changing:
+        del entered[max(place for place, one in enumerate(entered) if is_left(one))]
+        _update()
 
 
 def _update() -> None:
-    global current, key, documents, packed
+    global _state, current, key, documents, packed
     current = _entered[-1][1] if _entered else _DEFAULT
-    key = str(current)
     documents = _packed[-1] if _packed and not _packed[-1].alone else None
-    packed = documents is not None
+    key, packed = str(current), documents is not None
+    _state = State(current, documents, key, packed, threading.get_ident())

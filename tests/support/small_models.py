@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from lighthouse_fx import LighthouseConfig
 from lighthouse_fx.backend import rewrite, split_options
 from lighthouse_fx.runtime import journal
-from lighthouse_fx.runtime.documents import heeded
-from lighthouse_fx.runtime.wrappers import noted
+from lighthouse_fx.runtime.document_inputs import bind_documents, warn_of_unaware_calls
+from lighthouse_fx.runtime.wrappers import record_runs
 
 FIELDS = {"levels": 3, "pooling": 2, "topk": 8}
 CONFIG = LighthouseConfig(**FIELDS)
@@ -100,9 +100,9 @@ def inputs(batch=2, tokens=TOKENS, dtype=torch.float32):
 def passes_only(gm, example_inputs, *, options=None):
     """The backend without Inductor: guards, passes and records, then the rewritten graph as it stands. Fast to compile."""
     config = split_options(options or {})[0]
-    report, gm = rewrite(gm, example_inputs, config)
+    report, gm, _ = rewrite(gm, example_inputs, config)
     journal.add(report)
-    return noted(heeded(gm, gm, report.calls, config), report.calls)
+    return record_runs(warn_of_unaware_calls(bind_documents(gm, gm, config), report.calls), report.calls)
 
 
 def gradients(model, x):

@@ -101,7 +101,7 @@ def plain_kernels(monkeypatch):
 
 def switch_on(monkeypatch, *kernels):
     """As on a GPU: attention inside documents goes sequence by sequence."""
-    for module in (attention, import_module("lighthouse_fx.runtime.documents")):
+    for module in (attention, import_module("lighthouse_fx.runtime.document_inputs")):
         monkeypatch.setattr(module, "in_sequences", lambda device: True)
     monkeypatch.setattr(attention, "_able", lambda *_: kernels)
     for module in (attention, check, functional):

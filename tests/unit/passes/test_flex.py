@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
 from lighthouse_fx.passes import CALLS, run_passes
-from lighthouse_fx.runtime.documents import prepared, supplied
+from lighthouse_fx.runtime.document_inputs import allow_document_input, bind_documents
 
 OPS = torch.ops.lighthouse_fx
 
@@ -52,14 +52,14 @@ def flexed(function, *tensors):
     graphs = []
 
     def backend(gm, example_inputs):
-        gm = prepared(gm)
+        gm = allow_document_input(gm)
         before = str(gm.graph)
         declare_gradients(gm)
         graphs.append((run_passes(gm, example_inputs, config=CONFIG), before))
 
         def run(*inputs):
             gm.meta["inputs"] = inputs
-            return supplied(gm, gm, CONFIG)(*inputs)
+            return bind_documents(gm, gm, CONFIG)(*inputs)
 
         return run
 

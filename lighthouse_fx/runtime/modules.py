@@ -1,11 +1,10 @@
-"""What only Dynamo knows of a graph that it compiles: its guards, and the user's modules behind its nodes."""
+"""The user's modules behind a graph that Dynamo compiles: where a node belongs, its layer number, whether it trains."""
 
 from __future__ import annotations
 
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from typing import Any
 
 from torch import fx, nn
@@ -15,17 +14,15 @@ from lighthouse_fx.kernels.torch_private import (
     DictGetItemSource,
     GetItemSource,
     GlobalSource,
-    Guard,
-    GuardBuilder,
-    ImportSource,
     InstructionTranslator,
     LocalSource,
     Source,
-    TracingContext,
 )
 from lighthouse_fx.passes.attention_call import MODULE, Layer
 from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.match.sdpa import bare
+
+from .guards import add_guard, source_name
 
 Found = tuple[Source, Any]  # a value of the user's frame, and how guards reach it
 Step = tuple[str, Source, Any]  # one more step of a path
@@ -33,38 +30,6 @@ Step = tuple[str, Source, Any]  # one more step of a path
 _LISTS = (nn.ModuleList, nn.Sequential)
 _ROOT = re.compile(r"([LG])\[(['\"])(.+?)\2\]")
 _STEP = re.compile(r"\[(?P<quote>['\"])(?P<key>.*?)(?P=quote)\]|\[(?P<index>\d+)\]|\.(?P<attribute>[^.\[\]()]+)")
-
-
-def guard_on_stage() -> None:
-    """Make the graph that is being compiled valid only for the stage that is on now."""
-    _guard(AttrSource(_stage(), "key"))
-
-
-def guard_on_documents() -> None:
-    """Make the graph that is being compiled valid only while documents are on, or while none are, as now."""
-    _guard(AttrSource(_stage(), "packed"))
-
-
-def _stage() -> Source:
-    """The module `runtime.stage`, as guards reach it: by attributes, from the package that every frame can import."""
-    return AttrSource(AttrSource(ImportSource("lighthouse_fx"), "runtime"), "stage")
-
-
-def copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of Dynamo's graph, its nodes' metadata and what Dynamo wrote beside it; modules and subgraphs are shared."""
-    copy = fx.GraphModule(gm, deepcopy(gm.graph))
-    copy.meta.update(gm.meta)
-    for name, value in vars(gm).items():
-        vars(copy).setdefault(name, value)
-    for old, new in zip(gm.graph.find_nodes(op="placeholder"), copy.graph.find_nodes(op="placeholder"), strict=True):
-        new._dynamo_source = getattr(old, "_dynamo_source", None)
-    return copy
-
-
-def _guard(source: Source) -> None:
-    context = TracingContext.try_get()
-    if context is not None:  # None where a user calls the backend by hand: nothing is cached then
-        context.guards_context.dynamo_guards.add(Guard(source, GuardBuilder.EQUALS_MATCH))
 
 
 class Modules:
@@ -79,6 +44,7 @@ class Modules:
         self._inputs = list(self._behind_inputs(gm))
         self._known = {id(module): source for source, module in reversed(self._inputs)}
         self._followed: dict[str, list[Step]] = {}
+        self.modes: dict[str, bool] = {}  # the flags that the graph is guarded on, by their expressions
 
     # --- modes ----------------------------------------------------------------------------------------------------
 
@@ -90,7 +56,9 @@ class Modules:
         """
         around = self.around(node)
         for source, module in around:
-            _guard(AttrSource(self._known.get(id(module), source), "training"))  # rather as Dynamo itself reaches it
+            flag = AttrSource(self._known.get(id(module), source), "training")  # rather as Dynamo itself reaches it
+            add_guard(flag)
+            self.modes[source_name(flag)] = module.training
             if not module.training:
                 return False
         return True if around or not _inside_a_module() else None
@@ -198,7 +166,7 @@ class Modules:
         for node in gm.graph.find_nodes(op="placeholder"):
             source = getattr(node.meta.get("grapharg"), "source", None)
             while source is not None:
-                name = _name(source)
+                name = source_name(source)
                 if name not in seen:  # a module's source comes wrapped in another of the same name
                     seen.add(name)
                     value = self._value(name)
@@ -226,11 +194,6 @@ def _root_frame() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 def _stack(node: fx.Node) -> list[str]:
     """The paths of the modules that were entered around a node, outermost first."""
     return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def _name(source: Source) -> str:
-    name = source.name
-    return name() if callable(name) else name  # a method before torch 2.13
 
 
 def _plain(path: str) -> str:
