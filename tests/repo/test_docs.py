@@ -41,9 +41,41 @@ def prose(text):
 
 
 def test_option_table_is_the_configuration():
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", PAGES["options.md"], re.MULTILINE))
     shown = {name: text.replace("`", "").strip('"') for name, text in rows.items()}
     assert shown == {field.name: str(field.default) for field in fields(LighthouseConfig)} | {"quota": shown["quota"]}
+
+
+def test_readme_is_short():
+    assert len(README.split()) < 1200
+
+
+def test_every_snippet_of_the_readme_runs(monkeypatch, tmp_path):
+    # What a reader has: a model of transformers, an optimiser, batches and the documents in them.
+    transformers = pytest.importorskip("transformers")
+    compile_fx = importlib.import_module("torch._inductor.compile_fx")
+    for module in (compile_fx, backend):
+        monkeypatch.setattr(module, "compile_fx", lambda gm, inputs, **options: gm)
+    monkeypatch.chdir(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, use_cache=False
+    )
+    input_ids = torch.randint(64, (1, 1024))
+
+    def fresh():
+        torch._dynamo.reset()
+        model = transformers.LlamaForCausalLM(config)
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+    q = torch.randn(1, 2, 1024, 16)
+    names = {"torch": torch, "input_ids": input_ids, "total_steps": 2, "batch_of": lambda step: input_ids, "q": q, "k": q, "v": q}
+    names |= {"document_ids": (torch.arange(1024) // 300)[None]}
+    snippets = [m["body"] for m in FENCE.finditer(README) if m["language"] == "python"]
+    assert len(snippets) == 4
+    for snippet in snippets:
+        names |= fresh()
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert (tmp_path / "graph.html").is_file()
 
 
 def test_local_links_lead_somewhere():
@@ -248,6 +280,26 @@ def test_evidence_is_that_of_the_runs():
         for seed in {run["seed"] for run in runs}:
             dense, staged = (next(x for x in runs if x["seed"] == seed and x["name"] == n) for n in ("dense", "recommended"))
             assert f"{staged['final'] - dense['final']:+.2f}" in PAGES["evidence.md"]
+
+
+def test_runs_of_the_transfer_table_are_those_recorded():
+    folder = ROOT / "benchmarks" / "results" / "transfer"
+    label = {"dense2500_s0": "dense, 2,500 steps", "dense_s0_again": "dense, seed 0 again"}
+    label |= {f"dense_s{seed}": f"dense, seed {seed}" for seed in (0, 1)}
+    label |= {f"window_s{seed}": f"sliding window 512, seed {seed}" for seed in (0, 1)}
+    label |= {f"pyramid_s{seed}": f"causal pyramid and local branch, seed {seed}" for seed in (0, 1)}
+    shown = {row[0]: row[1:] for row in rows("evidence.md", "run | final loss")}
+    assert {path.stem for path in folder.glob("*.jsonl")} == set(label) and set(shown) == set(label.values())
+    for name, title in label.items():
+        records = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        final, far, switch, later, leak = (cell.strip("*") for cell in shown[title])
+        assert (final, far) == tuple(f"{records[-1]['dense'][part]:.3f}" for part in ("loss", "far"))
+        if records[0]["run"]["forms"]:
+            at = {record["step"]: record for record in records if record["record"] == "step"}
+            assert switch == f"{at[2400]['dense']['loss']:.3f} ({at[2400]['own']['loss']:.3f})"
+            assert later == f"{at[2450]['dense']['loss']:.3f}"
+            (seen,) = [record for record in records if record["record"] == "leak"]
+            assert abs(float(leak.split(" ±")[0])) == pytest.approx(abs(seen["leak"]), abs=0.0006)
 
 
 @pytest.mark.parametrize("figure", ["2.489", "2.092", "2.420", "2.070", "0.023", "0.006", "4%", "9,732", "9,021", "9,100"])
