@@ -4,7 +4,7 @@
 # VENV    the environment. `make VENV= TARGET` uses PYTHON as it is, which is for a machine that already has a (CUDA)
 #         torch and no network: the package alone is installed, without dependencies and without downloads.
 # ARGS    arguments of `make pretrain` and `make bench`, for example ARGS="--steps 50"
-# TESTS   what pytest is given, for example TESTS="tests/test_ops.py -k causal"
+# TESTS   what pytest is given, for example TESTS="tests/unit/passes -k causal"
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -28,7 +28,7 @@ STAGE := .mypy/stage
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test quick pytest pretrain models bench lint format typecheck check clean
+.PHONY: help setup test sweep quick pytest pretrain models bench lint format typecheck check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -67,13 +67,16 @@ typecheck: $(STAMP) ## mypy --strict over the package as it is installed
 	@ln -s $(CURDIR)/lighthouse_fx/* $(CURDIR)/passes $(CURDIR)/kernels $(STAGE)/lighthouse_fx/
 	MYPYPATH=$(STAGE) $(PY) -m mypy --config-file pyproject.toml --cache-dir .mypy/cache -p lighthouse_fx
 
-test: check pytest ## everything that has to pass: ruff, mypy and the tests
+test: check pytest ## ruff, mypy and the tests, but for the sweeps
 
 pytest: $(STAMP) $(FRAMEWORKS) ## the tests alone (on a machine without pytest-xdist: XDIST=)
-	@$(TEST_ENV) $(PY) -m pytest $(XDIST) $(TESTS)
+	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m 'not sweep' $(TESTS)
+
+sweep: $(STAMP) $(FRAMEWORKS) ## the tests that `make test` leaves out: all cases of what it samples, and whole runs
+	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m sweep $(TESTS)
 
 quick: $(STAMP) $(FRAMEWORKS) ## the tests that are not slow
-	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m 'not slow' $(TESTS)
+	@$(TEST_ENV) $(PY) -m pytest $(XDIST) -m 'not slow and not sweep' $(TESTS)
 
 pretrain: $(STAMP) ## the main job: pre-train a small model with Lighthouse and beside it densely
 	$(PY) examples/pretrain.py $(ARGS)

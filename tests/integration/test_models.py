@@ -35,7 +35,7 @@ TOLERANCE = {"rtol": 1e-8, "atol": 1e-10}
 pytestmark = pytest.mark.xdist_group("models")
 QUICK = ("Llama", "Gemma 3", "Falcon", "DeepSeek V3", "BERT", "nn.MultiheadAttention")
 each_model = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.sweep) for name in MODELS]
 )
 
 
@@ -191,7 +191,7 @@ def reasons(entire: Step, layers: Step) -> str:
     return "; ".join(f"{how}: {', '.join(why)}" for how, why in zip(("whole", "by layer"), said, strict=True) if why)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_page_is_what_was_found():
     for package in {entry.package for entry in MODELS.values()}:
         pytest.importorskip(package, reason=f"the page has rows of {package}, which is not installed")

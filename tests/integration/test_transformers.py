@@ -56,6 +56,7 @@ def test_compiled_layer_by_layer(model):
     assert_same(found, expected)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("float64_through_inductor")
 def test_through_inductor_with_checkpointing():
     model = llama().double()

@@ -99,7 +99,7 @@ def test_layers_of_different_spellings():
     assert [call.rewritten for call in found.calls if call.query] == [True, True, True, False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="such traces count towards the recompile limit, as the report says")
 def test_seven_times_in_one_process():
     class Broken(Model):
@@ -112,7 +112,7 @@ def test_seven_times_in_one_process():
         assert found.passed and [call.rewritten for call in found.calls] == [True], str(found)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["Gemma 3", "Falcon, grouped heads"])
 def test_real_models(name):
     pytest.importorskip("transformers")

@@ -194,7 +194,7 @@ def in_sequences(small, plain_kernels, monkeypatch):
         (passes_only, {}, None),
         (passes_only, {}, "inside"),
         (passes_only, {"dense_layers": (0,)}, "inside"),
-        pytest.param("lighthouse", {"dense_layers": (0,)}, "inside", marks=pytest.mark.slow),
+        pytest.param("lighthouse", {"dense_layers": (0,)}, "inside", marks=pytest.mark.sweep),
     ],
 )
 def test_compiled(in_sequences, backend, options, checkpointing):

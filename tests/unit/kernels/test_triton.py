@@ -165,7 +165,7 @@ def test_kernels_compile_for_hopper():
     """Triton's own compiler, with no GPU: types and shapes that the interpreter takes and the compiler does not."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "support" / "compile_kernels.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {line.split()[0] for line in done.stdout.splitlines()} == {
         "_collect_kernel",

@@ -217,7 +217,7 @@ def test_validate_a_function(here, tmp_path, capsys):
     assert found["passkey"]["lengths"] == [192] and (tmp_path / "found" / "passkey.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_validate_a_folder(tmp_path, capsys):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "model")

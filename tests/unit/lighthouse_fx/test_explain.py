@@ -345,7 +345,6 @@ def test_logs_artifacts_and_reports_with_a_warm_cache(tmp_path):
             **os.environ,
             "TORCH_LOGS": "+lighthouse_fx",
             "TORCH_TRACE": str(trace),
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
         }
         script = SCRIPT.format(tests=str(Path(__file__).parents[2] / "support"))
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)

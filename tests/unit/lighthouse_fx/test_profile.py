@@ -223,7 +223,7 @@ def test_command_on_a_layer(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_llama_with_dense_layers():
     pytest.importorskip("transformers")
     shape = LayerShape(length=128, heads=2, groups=1, dim=16, dtype="float32")

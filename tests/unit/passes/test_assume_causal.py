@@ -371,6 +371,6 @@ print("not seen", flush=True)
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_lie_on_a_gpu_is_a_device_side_assertion_and_nobody_waits():
-    done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", ON_A_GPU], capture_output=True, text=True)
     assert done.stdout.split() == ["passed"], done.stderr[-3000:]
     assert "assert" in done.stderr
