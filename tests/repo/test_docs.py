@@ -68,7 +68,8 @@ def test_every_snippet_of_the_readme_runs(monkeypatch, tmp_path):
         return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
 
     q = torch.randn(1, 2, 1024, 16)
-    names = {"torch": torch, "input_ids": input_ids, "total_steps": 2, "batch_of": lambda step: input_ids, "q": q, "k": q, "v": q}
+    names = {"torch": torch, "input_ids": input_ids, "total_steps": 2, "batch_of": lambda step: input_ids}
+    names |= dict.fromkeys("qkv", q)
     names |= {"document_ids": (torch.arange(1024) // 300)[None]}
     snippets = [m["body"] for m in FENCE.finditer(README) if m["language"] == "python"]
     assert len(snippets) == 4
