@@ -7,6 +7,8 @@ such names out of every other file.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 try:
@@ -77,6 +79,20 @@ def in_backward() -> bool:
     """Whether this thread is inside a backward pass."""
     running: int = current_backward()
     return running != -1
+
+
+def other_names(placeholder: torch.fx.Node) -> list[str]:
+    """How Dynamo's graph was given an input, in Python, where it was given the same tensor under several names."""
+    context, argument = TracingContext.try_get(), placeholder.meta.get("grapharg")
+    if placeholder.op != "placeholder" or context is None or argument is None:
+        return []
+    pairs = [
+        (guard.originating_source, guard.create_fn.keywords["source_b"])
+        for guard in context.guards_context.dynamo_guards
+        if isinstance(guard.create_fn, functools.partial) and guard.create_fn.func is GuardBuilder.DUPLICATE_INPUT
+    ]
+    sources = [source for pair in pairs if argument.source in pair for source in pair]
+    return sorted({str(source.name() if callable(source.name) else source.name) for source in sources})
 
 
 def is_unbacked(size: int | torch.SymInt) -> bool:

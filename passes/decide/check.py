@@ -5,8 +5,8 @@ out = scaled_dot_product_attention(q, k, v, is_causal=True)     ->  the same; it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -36,9 +36,8 @@ from ..attention_call import (
     for_each_call,
 )
 from ..config import LighthouseConfig
-from ..ir.aliasing import memories, target_of_write
-from ..ir.subgraphs import regions
 from ..masks.evaluate import is_one
+from ..provenance.inputs import Inputs
 from ..provenance.rows import BATCH, TOKEN, origin, place_in
 
 _TRIED = 1 << 16  # lengths at most that are tried one by one
@@ -51,8 +50,8 @@ def check_attention(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config
     """
     trains = gm.meta.get(TRAINING, lambda node: True)
     layer = gm.meta.get(LAYERS, lambda node: None)
-    data = _data_behind(gm) if gm.meta[CALLS] else {}
-    for_each_call(gm, lambda call: _supported(call, data))
+    inputs = cache(lambda: Inputs(gm))
+    for_each_call(gm, lambda call: _supported(call, inputs))
     for_each_call(gm, lambda call: replace(call, exact=call.doubt is None or config.assume_causal))
     for_each_call(gm, lambda call: _in_documents(call, gm.meta.get(DOCUMENTS), config, asked=PACKED in gm.meta))
     if excluded := gm.meta.get(EXCLUDED):  # in every stage and mode, so before what depends on these
@@ -130,7 +129,7 @@ def _exclude(call: AttentionCall, config: LighthouseConfig, layer: Layer | None)
 # --- calls that can be rewritten exactly ------------------------------------------------------------------------------
 
 
-def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionCall:
+def _supported(call: AttentionCall, inputs: Callable[[], Inputs]) -> AttentionCall:
     query, key, value, out = (fake(x) for x in (call.query, call.key, call.value, call.node))
     if call.region.opaque:
         return call.refuse(f"inside {call.region.opaque}, whose body cannot be changed alone")
@@ -154,11 +153,7 @@ def _supported(call: AttentionCall, data: Mapping[fx.Node, _Data]) -> AttentionC
         call = replace(call, enable_gqa=True)
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=call.enable_gqa):
         return call.refuse(problem)
-    asks, answers = data[call.query], data[call.key]
-    if asks.projected and answers.projected and asks.inputs != answers.inputs:
-        names = (", ".join(sorted(node.name for node in side.inputs)) or "parameters alone" for side in (asks, answers))
-        return call.refuse("cross-attention: its query is made of {}, its key of {}".format(*names))
-    return call
+    return replace(call, refusal=inputs().cross_attention(call))
 
 
 def _in_documents(
@@ -191,54 +186,6 @@ def _kept_inside(call: AttentionCall, given: fx.Node | None) -> AttentionCall:
     if call.refusal is None or given is None or call.documents is not given:
         return call
     return replace(call, kept_inside=True) if call.exact else replace(call, documents=None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What a value is made of: the graph's inputs that carry data, and whether they met a matrix of parameters.
-
-    Only values that met one tell self-attention, whose query and key are projections of the same data, from cross-attention:
-    a function of query, key and value alone has three different inputs either way.
-    """
-
-    inputs: frozenset[fx.Node] = frozenset()
-    projected: bool = False
-    matrix: bool = False  # it is made of parameters alone, and is more than a scale or a bias
-
-
-def _data_behind(gm: fx.GraphModule) -> dict[fx.Node, _Data]:
-    """For every node of the graph and its subgraphs. Numbers, vectors and buffers carry no data.
-
-    What is written into a tensor belongs to all that share its memory: keys may be put together in an empty tensor.
-    """
-    found: dict[fx.Node, _Data] = {}
-    sharing: dict[int, list[fx.Node]] = {}
-    for region in regions(gm):
-        for node in region.gm.graph.nodes:
-            sources: Sequence[Any] = node.all_input_nodes
-            if node.op == "placeholder" and not (sources := [outer for _, outer in region.operands(node)]):
-                found[node] = _data_of_input(node)
-            else:
-                found[node] = _joined([found[s] for s in sources if isinstance(s, fx.Node) and s in found])
-            for memory in memories([node]):
-                sharing.setdefault(memory, []).append(node)
-            for memory in memories(target_of_write(node)):
-                for other in sharing.get(memory, ()):
-                    found[other] = _joined([found[other], found[node]])
-    return found
-
-
-def _data_of_input(node: fx.Node) -> _Data:
-    tensor = fake(node)
-    if tensor is None or tensor.dim() < 2 or "_buffers_" in node.name:
-        return _Data()
-    return _Data(matrix=True) if isinstance(tensor, torch.nn.Parameter) else _Data(inputs=frozenset({node}))
-
-
-def _joined(parts: Sequence[_Data]) -> _Data:
-    inputs = frozenset[fx.Node]().union(*(part.inputs for part in parts))
-    matrix = any(part.matrix for part in parts)
-    return _Data(inputs, matrix or any(part.projected for part in parts), matrix and not inputs)
 
 
 def _trains(call: AttentionCall, trains: Callable[[fx.Node], bool | None]) -> AttentionCall:
