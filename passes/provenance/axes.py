@@ -190,8 +190,8 @@ def _indexed(node: fx.Node, source: fx.Node, rows: Rows) -> Rows | None:
     if any(not (x is None or x is Ellipsis or isinstance(x, int | slice)) or isinstance(x, bool) for x in items):
         return None
     used = sum(x is not None and x is not Ellipsis for x in items)
-    at = items.index(Ellipsis) if Ellipsis in items else len(items)
-    items[at : at + 1] = [slice(None)] * (len(before) - used)
+    gap = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items[gap : gap + 1] = [slice(None)] * (len(before) - used)
     after = iter(sizes(tensor_of(node)))
     place, here = Rows(()), 0
     for item in items:

@@ -149,6 +149,7 @@ class Inputs:
         """Go back from query and key, the latest node first: when its turn comes, all ways to a node are known."""
         met = _Met()
         waiting: dict[tuple[fx.Node, Rows], _Side] = {}
+        arrived: dict[fx.Node, dict[Rows, None]] = {}
         regions_of: dict[fx.Node, Region] = {}
         queue: list[tuple[int, int, tuple[fx.Node, Rows]]] = []
         count = itertools.count()
@@ -160,6 +161,7 @@ class Inputs:
             if side not in (known := waiting.get(where, _Side(0))):
                 regions_of[node] = region
                 waiting[where] = known | side
+                arrived.setdefault(node, {})[rows] = None
                 heapq.heappush(queue, (-self._order[node], next(count), where))
 
         for node, side in ((call.query, _Side.QUERY), (call.key, _Side.KEY)):
@@ -167,6 +169,9 @@ class Inputs:
         while queue:
             *_, where = heapq.heappop(queue)
             (node, rows), side, region = where, waiting[where], regions_of[where[0]]
+            for other in arrived[node]:
+                if other.tokens == rows.tokens and rows.tokens in (other.dims, rows.dims):  # all features, and some of them
+                    side |= waiting[node, other]
             if side & _QUERIES and side & _KEYS and node not in call.views:
                 met.common[where] = side
                 continue

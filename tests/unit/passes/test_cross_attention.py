@@ -56,8 +56,11 @@ TWO_SEQUENCES = {
     "cut behind one projection": lambda m, x: (lambda y: (y[:, TARGET], y[:, SOURCE]))(m.query(x)),
     "gathered": lambda m, x: (m.query(x[:, torch.arange(TOKENS)]), m.key(x[:, torch.arange(TOKENS, 2 * TOKENS)])),
     "normed": lambda m, x: (lambda y: (m.query(y[:, TARGET]), m.key(y[:, SOURCE])))(m.norm(x)),
+    "beside each other": lambda m, x: (lambda y: (m.query(y[..., :WIDTH]), m.key(y[..., WIDTH:])))(
+        x.unflatten(1, (2, -1)).transpose(1, 2).flatten(2)
+    ),
     "positions in common": lambda m, x: (m.query(x[:, TARGET] + x[:, :1]), m.key(x[:, SOURCE] + x[:, :1])),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TWO_SEQUENCES)
@@ -67,19 +70,22 @@ def test_two_parts_of_one_tensor_are_two_sequences(name):
 
 
 def test_two_batches_of_one_tensor_are_two_sequences():
-    take = lambda m, x: (m.query(x[:2]), m.key(x[2:]))
+    def take(m, x):
+        return (m.query(x[:2]), m.key(x[2:]))
     call = only_call(Attention(take), torch.randn(4, TOKENS, WIDTH))
     assert not call.rewritten and "cross-attention" in call.reason
 
 
 def test_parts_that_were_not_projected_are_two_sequences():
-    take = lambda m, x: (x[:, TARGET], x[:, SOURCE])
+    def take(m, x):
+        return (x[:, TARGET], x[:, SOURCE])
     call = only_call(Attention(take), long().requires_grad_())
     assert not call.rewritten and "cross-attention" in call.reason
 
 
 def test_an_activation_in_common_does_not_hide_another():
-    take = lambda m, x, memory, place: (m.query(x + place), m.key(memory + place))
+    def take(m, x, memory, place):
+        return (m.query(x + place), m.key(memory + place))
     call = only_call(Attention(take), inputs(), inputs(), inputs())
     assert not call.rewritten and "cross-attention" in call.reason
 
@@ -97,6 +103,7 @@ ONE_SEQUENCE = {
     "a norm written out": lambda m, x: (m.query(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), m.key(x)),
     "layers between": lambda m, x: (m.query(F.gelu(m.value(x)) + x), m.key(x)),
     "a convolution": lambda m, x: (F.conv1d(x.mT, m.query.weight[..., None]).mT, m.key(x)),
+    "fewer features": lambda m, x: (m.query(x), F.linear(x[..., 4:], m.key.weight[:, 4:])),
     "a copy": lambda m, x: (m.query(x), torch.empty_like(x).copy_(m.key(x))),
 }
 
@@ -119,7 +126,8 @@ def test_a_factor_of_one_side_is_no_other_sequence(shape, side):
 
 
 def test_a_factor_in_common_does_not_hide_two_sequences():
-    take = lambda m, x, memory, factor: (m.query(x) * factor, m.key(memory) * factor)
+    def take(m, x, memory, factor):
+        return (m.query(x) * factor, m.key(memory) * factor)
     call = only_call(Attention(take), inputs(), inputs(), torch.rand(2, TOKENS, WIDTH))
     assert not call.rewritten and "cross-attention" in call.reason
 
@@ -154,5 +162,6 @@ def test_keys_of_an_earlier_layer_in_a_causal_model_are_of_the_same_tokens():
 
 
 def test_a_query_of_data_and_a_key_of_unknown_origin_are_not_taken_for_one_sequence():
-    take = lambda m, x, k: (m.query(x), k)
+    def take(m, x, k):
+        return (m.query(x), k)
     assert "cross-attention" in only_call(Attention(take), inputs(), inputs()).reason
