@@ -5,14 +5,17 @@ A leaf of the package: it imports nothing of it, so passes may use it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 SCORERS = ("norm", "dilated", "gla")
 KERNELS = ("auto", "cudnn", "flash", "efficient", "math", "flash-attn-4", "flash-attn")
 _WIDEST_WINDOW = 2**31  # window numbers are int32
+_LEAST_CAUSAL_QUOTA = 64  # measured: at 128 nothing is learnt from the competition for a quota (SPEC.md, "Causal selection")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +28,12 @@ class LighthouseConfig:
         topk: windows expanded per level over the whole sequence, `k >= 1`; None: it follows the length, so that half of the
             sequence is expanded, `k = N / (2 p (L - 1))`, rounded down to whole tiles: half at multiples of 1,024 tokens with
             two levels and pooling 4, a quarter at least; less where deep or coarse pyramids have no windows for it.
-        quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128, and of a topk that
-            follows the length 128, or 16 or 2 where the sequence is too short for that.
+        quota: windows expanded per tile and level, a divisor of `topk`; None: the divisor nearest 128 (from 64 on, if there is
+            one), and of a topk that follows the length 128, or 64, 16 or 2 where the sequence is too short for that.
         keep_first: always expand window 0, so that no token is left without output.
+        causal_selection: in causal attention rank each window by the scores of the window before it, so that no token is told
+            of later ones by what is selected; False: by its own, the published form, for comparison. Quotas below 64 still
+            tell, as windows compete for them, and warn.
         scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
             attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
@@ -55,6 +61,7 @@ class LighthouseConfig:
     topk: int | None = None
     quota: int | None = None
     keep_first: bool = True
+    causal_selection: bool = True
     scorer: str = "norm"
     dilation: int = 64
     max_kept: float = 0.8  # what the defaults gather, three quarters and the tail, is just below
@@ -75,6 +82,9 @@ class LighthouseConfig:
                 f"levels={self.levels} with pooling={self.pooling} makes coarsest windows of {self.pooling}^"
                 f"{self.levels - 1} tokens, more than any sequence has: use fewer levels, such as levels=3"
             )
+        quota = self.topk if self.quota is None else self.quota
+        if self.causal_selection and self.levels > 1 and quota is not None and quota < _LEAST_CAUSAL_QUOTA:
+            _warn_of_small_quota("topk" if self.quota is None else "quota", quota)
 
     def keeps_too_much(self, gathered: float, length: float) -> bool:
         """Whether so many entries are more than `max_kept` of so many tokens. Either may be symbolic."""
@@ -86,8 +96,10 @@ class LighthouseConfig:
     def paper(cls, **fields: Any) -> LighthouseConfig:
         """The paper's pyramid over 98,304 tokens, three levels and `topk=1536`, which keeps 19% of them.
 
-        Below some 14,000 tokens it would gather most of the sequence, so attention stays dense. In runs as small as ours it
-        ended above dense training (docs/evidence.md).
+        The published selection leaks the future: whether a token has an entry of its own depends on the tokens behind it in its
+        window. Models learn to read that, 1.2 nats of the next token where we measured it, and lose it with dense attention.
+        It is here to compare with (`causal_selection=False`, no local branch); in our runs it ended above dense training
+        (docs/evidence.md). Below some 14,000 tokens it would gather most of the sequence, so attention stays dense.
 
         Args:
             fields: any others, or another `topk`.
@@ -96,7 +108,19 @@ class LighthouseConfig:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         check_fields(fields)
-        return cls(**{"levels": 3, "pooling": 4, "topk": 1536, "max_kept": 0.75} | fields)
+        published = {"levels": 3, "pooling": 4, "topk": 1536, "causal_selection": False, "max_kept": 0.75}
+        return cls(**published | fields)
+
+
+@cache
+def _warn_of_small_quota(name: str, value: int) -> None:
+    """Warn once of each value: a program makes many configurations of it."""
+    warnings.warn(
+        f"{name}={value} expands fewer than {_LEAST_CAUSAL_QUOTA} windows per tile. Windows compete for them with those behind, so "
+        "that causal attention tells tokens of later ones and training may learn to use it: use "
+        f"{name}={_LEAST_CAUSAL_QUOTA} or more, or topk=None",
+        stacklevel=4,
+    )
 
 
 def config_field_names() -> tuple[str, ...]:
@@ -176,6 +200,7 @@ _CHECKS = {
     "topk": _optional(_integer_from(1, "topk=1536, or None to have it follow the length")),
     "quota": _optional(_integer_from(1, "quota=128, or None to have it chosen")),
     "keep_first": _boolean,
+    "causal_selection": _boolean,
     "scorer": _scorer,
     "dilation": _integer_from(1, "dilation=64"),
     "max_kept": _share,

@@ -11,6 +11,7 @@ heads, `N` tokens, `S` entries, `P` windows of all levels, `D` head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ from .dispatch import kernels_for
 from .inlined import kernel_op
 
 
-def _pyramid(length: int, levels: int, pooling: int) -> Pyramid:
+def _pyramid(length: int, levels: int, pooling: int, *, causal_selection: bool = False) -> Pyramid:
     """Where only the numbering of windows matters, not how many are expanded."""
-    return Pyramid(length=length, levels=levels, pooling=pooling, topk=1)
+    return Pyramid(length=length, levels=levels, pooling=pooling, topk=1, causal_selection=causal_selection)
 
 
 def _token_layout(like: Tensor, length: int) -> Tensor:
@@ -43,7 +44,7 @@ def _token_layout(like: Tensor, length: int) -> Tensor:
 
 def _select_in_two_kernels(q: Tensor, k: Tensor, v: Tensor, levels: int, *rest: Any) -> bool:
     """Whether select is its kernels, and for documents what a compiler fuses, and block sizes are known: N decides them."""
-    return rest[4] == "norm" and levels <= 3 and isinstance(q.shape[2], int)
+    return rest[5] == "norm" and levels <= 3 and isinstance(q.shape[2], int)
 
 
 @kernel_op("lighthouse_fx::select", inline=_select_in_two_kernels)
@@ -56,6 +57,7 @@ def select(
     topk: int,
     quota: int,
     keep_first: bool,
+    causal_selection: bool,
     scorer: str,
     dilation: int,
     is_causal: bool,
@@ -68,13 +70,20 @@ def select(
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; read only as far as the scorer needs them.
         quota: windows per tile and level, 0 for the default.
+        causal_selection: rank each window by the one before it, where `is_causal`; bidirectional attention ranks by its own.
         starts: int32 `[B, N]`, where each token's document begins; None: one document (`attention.py`).
 
     Returns:
         `entries` int32 `[B, G, S]`, the window in each slot, and `slots` int32 `[B, G, P]`, the slot of each window or -1.
     """
     pyramid = Pyramid(
-        length=q.shape[2], levels=levels, pooling=pooling, topk=topk, quota=quota or None, keep_first=keep_first
+        length=q.shape[2],
+        levels=levels,
+        pooling=pooling,
+        topk=topk,
+        quota=quota or None,
+        keep_first=keep_first,
+        causal_selection=causal_selection and is_causal,
     )
     kernels = kernels_for(q)
     if scorer == "norm":
@@ -85,6 +94,9 @@ def select(
     if starts is None:
         entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
         return entries, slots
+    if pyramid.causal_selection:  # first the ranks, then what must be expanded
+        window_q, window_k = (reference.ranks_by_previous(scores, pyramid) for scores in (window_q, window_k))
+        pyramid = replace(pyramid, causal_selection=False)
     first = documents.must_expand(starts, pyramid)[:, None]  # [B, 1, P - N]
     window_q, window_k = (scores.masked_fill(first, torch.inf) for scores in (window_q, window_k))
     entries, slots = kernels.choose_windows(window_q, window_k, pyramid)
@@ -102,7 +114,7 @@ def _(
 
 
 def _no_gradient(ctx: Any, *_: Tensor) -> tuple[None, ...]:
-    return (None,) * 14
+    return (None,) * 15
 
 
 select.register_autograd(_no_gradient)
@@ -176,13 +188,15 @@ def scatter(
     is_causal: bool,
     revision: str,
     starts: Tensor | None = None,
+    causal_selection: bool = False,
 ) -> Tensor:
     """Add each entry's output to the tokens that it concerns: out `[B, H, S, D]` -> `[B, H, N, D]` (SPEC.md, 4).
 
     Args:
         starts: int32 `[B, N]`, where each token's document begins; then it must be causal.
+        causal_selection: with `starts`, entries that are there for a border give nothing to tokens before it.
     """
-    pyramid = _pyramid(length, levels, pooling)
+    pyramid = _pyramid(length, levels, pooling, causal_selection=causal_selection)
     result: Tensor = kernels_for(out).scatter(out, slots, pyramid, is_causal=is_causal, starts=starts)
     return result
 
@@ -197,9 +211,10 @@ def scatter_backward(
     is_causal: bool,
     revision: str,
     starts: Tensor | None = None,
+    causal_selection: bool = False,
 ) -> Tensor:
     """The adjoint of `scatter`: grad `[B, H, N, D]` -> `[B, H, S, D]`."""
-    pyramid = _pyramid(grad.shape[2], levels, pooling)
+    pyramid = _pyramid(grad.shape[2], levels, pooling, causal_selection=causal_selection)
     result: Tensor = kernels_for(grad).scatter_backward(grad, entries, pyramid, is_causal=is_causal, starts=starts)
     return result
 
@@ -215,24 +230,24 @@ def _(grad: Tensor, entries: Tensor, *_: Any) -> Tensor:
 
 
 def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, entries, slots, _, *ctx.rest, starts = inputs
+    _, entries, slots, _, *ctx.rest, starts, ctx.causal_selection = inputs
     ctx.save_for_backward(entries, slots, starts)
 
 
 def _differentiate_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entries, slots, starts = ctx.saved_tensors
-    return scatter_backward(grad, entries, slots, *ctx.rest, starts), *(None,) * 8
+    return scatter_backward(grad, entries, slots, *ctx.rest, starts, ctx.causal_selection), *(None,) * 9
 
 
 def _save_scatter_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, entries, slots, *ctx.rest, starts = inputs
+    grad, entries, slots, *ctx.rest, starts, ctx.causal_selection = inputs
     ctx.length = grad.shape[2]
     ctx.save_for_backward(entries, slots, starts)
 
 
 def _differentiate_scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entries, slots, starts = ctx.saved_tensors
-    return scatter(grad, entries, slots, ctx.length, *ctx.rest, starts), *(None,) * 7
+    return scatter(grad, entries, slots, ctx.length, *ctx.rest, starts, ctx.causal_selection), *(None,) * 8
 
 
 scatter.register_autograd(_differentiate_scatter, setup_context=_save_scatter)
@@ -285,6 +300,7 @@ def attend(
         pyramid.topk,
         pyramid.quota or 0,
         pyramid.keep_first,
+        pyramid.causal_selection,
         scorer,
         dilation,
         is_causal,
@@ -306,5 +322,7 @@ def attend(
         out = F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    result: Tensor = scatter(out, entries, slots, length, levels, pooling, is_causal, REVISION, starts)
+    result: Tensor = scatter(
+        out, entries, slots, length, levels, pooling, is_causal, REVISION, starts, pyramid.causal_selection
+    )
     return result

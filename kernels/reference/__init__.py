@@ -51,6 +51,18 @@ def window_scores(scores: Tensor, pyramid: Pyramid) -> Tensor:
     )
 
 
+def ranks_by_previous(scores: Tensor, pyramid: Pyramid) -> Tensor:
+    """By what windows are ranked under a causal selection: the score of the one before, the lowest for the first of a level.
+
+    Args:
+        scores: `[B, G, P - N]`, of the windows above level 0.
+    """
+    if pyramid.levels == 1:
+        return scores
+    levels = scores.split([pyramid.windows(level) for level in range(1, pyramid.levels)], -1)
+    return torch.cat([F.pad(level, (1, 0), value=_LOWEST)[..., :-1] for level in levels], -1)
+
+
 def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
     """The same from the scores of the windows above level 0, `[B, G, P - N]` each, without NaN and -inf."""
     shape, device = window_q.shape[:2], window_q.device
@@ -61,6 +73,8 @@ def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tupl
     present[pyramid.levels - 1][..., : pyramid.coarse] = True
     if pyramid.coarse == 0:
         return _number(present, pyramid)
+    if pyramid.causal_selection:
+        window_q, window_k = (ranks_by_previous(scores, pyramid) for scores in (window_q, window_k))
 
     p, tiles = pyramid.pooling, pyramid.tiles_with_windows
     bounds = torch.arange(tiles + 1, device=device) * pyramid.coarse // tiles
@@ -155,7 +169,7 @@ def scatter(
         reached = total[:, :, shift : shift + rows.shape[2] * width]
         added = rows.repeat_interleave(width, dim=2)[:, :, : reached.shape[2]]
         if starts is not None:
-            own = _own_document(starts, level, pyramid)[:, shift : shift + reached.shape[2]]
+            own = own_document(starts, level, pyramid)[:, shift : shift + reached.shape[2]]
             added = torch.where(own[:, None, :, None], added, 0)
         reached += added
     return total.to(out.dtype)
@@ -171,7 +185,7 @@ def scatter_backward(
         shift = pyramid.pooling**level - 1 if is_causal else 0
         concerned = wide
         if starts is not None:
-            concerned = torch.where(_own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
+            concerned = torch.where(own_document(starts, level, pyramid)[:, None, :, None], wide, 0)
         sums.append(_blocks(concerned, shift, level, pyramid).sum(-2))
     return _rows(torch.cat(sums, -2), _per_head(entries, grad)).to(grad.dtype)
 
@@ -209,11 +223,22 @@ def rows_that_are_causal(mask: Tensor) -> Iterator[tuple[int, Tensor]]:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:
-    """Whether the window of a level that concerns a token, causally, lies in the token's document: bool `[B, N]`."""
+def own_document(starts: Tensor, level: int, pyramid: Pyramid) -> Tensor:
+    """Whether the window of a level that concerns a token, causally, may give it its output: bool `[B, N]`.
+
+    It lies in the token's document. And under a causal selection no window above it has been expanded for a border behind the
+    token: one that divides it, while the token's document began before the window that precedes it.
+    """
     width = pyramid.pooling**level
-    place = torch.arange(starts.shape[-1], device=starts.device) - (width - 1)
-    own: Tensor = (place >= 0) & (place // width * width >= starts)
+    token = torch.arange(starts.shape[-1], device=starts.device)
+    begin = (token - (width - 1)).div(width, rounding_mode="floor") * width
+    own: Tensor = (begin >= 0) & (begin >= starts)
+    for above in range(level + 1, pyramid.levels if pyramid.causal_selection else 0):
+        span = pyramid.pooling**above
+        first = begin.div(span, rounding_mode="floor") * span
+        document_at_end = starts[:, (first + span - 1).clamp(0, starts.shape[-1] - 1)]
+        told = (first < pyramid.covered) & (document_at_end > token) & (starts <= first - span)
+        own = own & ~told
     return own
 
 

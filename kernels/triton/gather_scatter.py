@@ -24,15 +24,31 @@ _SPREAD = {"block_bytes": 4096, "num_warps": 2}
 
 
 @triton.jit
+def tells_of_border(starts, document, begin, width, token, asked, covered, LEVELS: tl.constexpr, P: tl.constexpr):
+    """Whether a window is an entry because of a border behind a token, perhaps: `reference.own_document` says when.
+
+    Args: `starts` of the batch row; the token's document; where the window begins, and its tokens; of which to ask.
+    """
+    told = asked & (begin < 0)
+    for above in tl.static_range(1, LEVELS):
+        first = begin // (P**above) * (P**above)
+        divided = asked & (width < P**above) & (first < covered) & (document <= first - P**above)
+        last = tl.load(starts + first + (P**above - 1), mask=divided, other=0)
+        told = told | (divided & (last > token))
+    return told
+
+
+@triton.jit
 def _collect_kernel(
     x, entries, starts, out, heads, groups, length, coarse, gathered,
     stride_b, stride_h, stride_n, stride_d,
     LEVELS: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr, CAUSAL: tl.constexpr, UNROLL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    UNTOLD: tl.constexpr,
 ):  # fmt: skip
     """Program: BLOCK_S entries of one head. MEAN divides by the width; CAUSAL reads from the window's last token on.
 
-    DOCUMENTS leaves out tokens whose document begins after the window does.
+    DOCUMENTS leaves out tokens whose document begins after the window does, UNTOLD those that an entry would tell of a border.
     """
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     blocks = tl.cdiv(gathered, BLOCK_S)
@@ -56,6 +72,7 @@ def _collect_kernel(
     if CAUSAL:
         start += width - 1
     tokens = tl.where(inside, tl.minimum(width, length - start), 0)
+    covered = coarse * (P ** (LEVELS - 1))
 
     at = x + batch * stride_b + head * stride_h + start.to(tl.int64)[:, None] * stride_n + d[None, :] * stride_d
     in_row = (d < DIM)[None, :]
@@ -64,8 +81,13 @@ def _collect_kernel(
         for u in tl.static_range(UNROLL):
             read = outer + u < tokens
             if DOCUMENTS:
-                document = tl.load(starts + batch * length + start + outer + u, mask=read, other=length)
+                token = start + outer + u
+                document = tl.load(starts + batch * length + token, mask=read, other=length)
                 read = read & (document <= begin)
+                if UNTOLD:
+                    read = read & ~tells_of_border(
+                        starts + batch * length, document, begin, width, token, read, covered, LEVELS, P
+                    )
             total += tl.load(at, mask=read[:, None] & in_row, other=0.0).to(acc)
             at += stride_n
     if MEAN:
@@ -80,10 +102,11 @@ def _spread_kernel(
     stride_b, stride_h, stride_s, stride_d,
     LEVELS: tl.constexpr, P: tl.constexpr, MEAN: tl.constexpr, CAUSAL: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, DOCUMENTS: tl.constexpr,
+    UNTOLD: tl.constexpr,
 ):  # fmt: skip
     """Program: BLOCK_N tokens of one head. MEAN divides by the width; CAUSAL starts at each window's last token.
 
-    DOCUMENTS leaves out windows that begin before the token's document does.
+    DOCUMENTS leaves out windows that begin before the token's document does, UNTOLD those that tell of a border behind it.
     """
     acc: tl.constexpr = tl.float64 if WIDE else tl.float32
     rows = tl.num_programs(0) // tl.cdiv(length, BLOCK_N)
@@ -99,7 +122,11 @@ def _spread_kernel(
     if DOCUMENTS:
         document = tl.load(starts + batch * length + n, mask=inside, other=length)
 
-    slot = tl.load(inverse + n, mask=inside, other=-1)
+    covered = coarse * (P ** (LEVELS - 1))
+    there = inside
+    if UNTOLD:
+        there = inside & ~tells_of_border(starts + batch * length, document, n, n * 0 + 1, n, inside, covered, LEVELS, P)
+    slot = tl.load(inverse + n, mask=there, other=-1)
     total = tl.load(
         base + slot.to(tl.int64)[:, None] * stride_s, mask=(slot >= 0)[:, None] & in_row, other=0.0
     ).to(acc)  # [BLOCK_N, D]
@@ -113,6 +140,10 @@ def _spread_kernel(
         there = inside & (shifted >= 0) & (window < count)
         if DOCUMENTS:
             there = there & (window * (P**level) >= document)
+        if UNTOLD:
+            there = there & ~tells_of_border(
+                starts + batch * length, document, window * (P**level), n * 0 + P**level, n, there, covered, LEVELS, P
+            )
         slot = tl.load(inverse + first + window, mask=there, other=-1)
         part = tl.load(
             base + slot.to(tl.int64)[:, None] * stride_s, mask=(slot >= 0)[:, None] & in_row, other=0.0
@@ -140,6 +171,7 @@ def _collect(
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
             UNROLL=divisor_up_to(pyramid.widest, _MOST_UNROLLED),
             DIM=dim, BLOCK_D=block_d, BLOCK_S=block_s, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
+            UNTOLD=starts is not None and pyramid.causal_selection,
             num_warps=_COLLECT["num_warps"],
         )  # fmt: skip
     return out
@@ -159,6 +191,7 @@ def _spread(
             heads, slots.shape[1], length, pyramid.coarse, slots.shape[2], *x.stride(),
             LEVELS=pyramid.levels, P=pyramid.pooling, MEAN=mean, CAUSAL=is_causal,
             DIM=dim, BLOCK_D=block_d, BLOCK_N=block_n, WIDE=x.dtype == torch.float64, DOCUMENTS=starts is not None,
+            UNTOLD=starts is not None and pyramid.causal_selection,
             num_warps=_SPREAD["num_warps"],
         )  # fmt: skip
     return out

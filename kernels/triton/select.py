@@ -22,6 +22,7 @@ from ..geometry import Pyramid
 from ..ops.dispatch import launchable
 from .launch import on_device_of
 
+_LOWEST = float(torch.finfo(torch.float32).min)
 _LARGEST_TILE = 16384  # candidates that one program holds in registers
 
 
@@ -54,9 +55,10 @@ def _largest(keys, share):
 @triton.jit
 def _select_kernel(
     score_q, score_k, entries, slots, scratch, coarse, length, gathered, windows, score_row, list_row, quota, tiles,
-    LEVELS: tl.constexpr, P: tl.constexpr, KEEP_FIRST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_CHILDREN: tl.constexpr,
+    LEVELS: tl.constexpr, P: tl.constexpr, KEEP_FIRST: tl.constexpr, PREVIOUS: tl.constexpr, LOWEST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_CHILDREN: tl.constexpr,
 ):  # fmt: skip
-    """Program: one tile of one batch row and key/value head.
+    """Program: one tile of one batch row and key/value head. PREVIOUS ranks each window by the scores of the one before it.
 
     Scratch, per program and level above 0: the expanded windows, the coarser candidates before each, the running count
     of expanded candidates, and the local slot after each candidate; four lists of `list_row` numbers.
@@ -107,11 +109,15 @@ def _select_kernel(
         place = window
         for finer in tl.static_range(1, level):
             place += coarse * (P ** (LEVELS - 1 - finer))
-        q = tl.load(score_q + place, mask=valid, other=0.0)
+        scored = valid
+        if PREVIOUS:
+            place -= 1
+            scored = valid & (window > 0)
+        q = tl.load(score_q + place, mask=scored, other=LOWEST)
         if KEEP_FIRST:
             q = tl.where(window == 0, float("inf"), q)
         expanded = _largest(tl.where(valid, _order_bits(q), 0), quota - quota // 2)
-        k = tl.load(score_k + place, mask=valid, other=0.0)
+        k = tl.load(score_k + place, mask=scored, other=LOWEST)
         expanded = expanded | _largest(tl.where(valid & (expanded == 0), _order_bits(k), 0), quota // 2)
         running = tl.cumsum(expanded.to(tl.int32), axis=0)
         here = scratch + level * 4 * list_row
@@ -187,7 +193,8 @@ def choose_windows(window_q: Tensor, window_k: Tensor, pyramid: Pyramid) -> tupl
         launchable(_select_kernel)[(tiles, batch * groups)](
             window_q, window_k, entries, slots, scratch, pyramid.coarse, pyramid.length, pyramid.gathered,
             pyramid.size, window_q.shape[2], list_row, quota, tiles,
-            LEVELS=levels, P=p, KEEP_FIRST=pyramid.keep_first, BLOCK=block, BLOCK_CHILDREN=block_children,
+            LEVELS=levels, P=p, KEEP_FIRST=pyramid.keep_first, PREVIOUS=pyramid.causal_selection, LOWEST=_LOWEST,
+            BLOCK=block, BLOCK_CHILDREN=block_children,
             num_warps=max(4, min(16, list_row // 512)),
         )  # fmt: skip
     return entries, slots

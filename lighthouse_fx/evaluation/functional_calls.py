@@ -161,7 +161,7 @@ class FunctionalGraphs:
             pyramid = pyramid_over(query.shape[2], config)
             entries, slots = select(
                 q, k, value.detach(), config.levels, config.pooling, pyramid.topk, pyramid.quota or 0, config.keep_first,
-                config.scorer, config.dilation, is_causal, scale, REVISION, starts,
+                config.causal_selection, config.scorer, config.dilation, is_causal, scale, REVISION, starts,
             )  # fmt: skip
             noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)
             noted.scale, noted.is_causal, noted.dropout_p, noted.starts = scale, is_causal, dropout_p, starts

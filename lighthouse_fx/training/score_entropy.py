@@ -83,7 +83,7 @@ class EntropyProbe:
 
         def note(
             q: Tensor, k: Tensor, v: Tensor, levels: int, pooling: int, topk: int, quota: int, keep_first: bool,
-            scorer: str, dilation: int, is_causal: bool, scale: float | None, *_: Any,
+            causal_selection: bool, scorer: str, dilation: int, is_causal: bool, scale: float | None, *_: Any,
         ) -> None:  # fmt: skip
             pyramid = Pyramid(length=q.shape[2], levels=levels, pooling=pooling, topk=1)
             scores = token_scores(q, k, v, scorer=scorer, dilation=dilation, is_causal=is_causal, scale=scale)

@@ -77,8 +77,9 @@ def pyramid_over(length: int, config: LighthouseConfig) -> Pyramid:
     if topk is None:
         topk, quota = half_of(length, levels=levels, pooling=pooling, quota=quota)
     return Pyramid(
-        length=length, levels=levels, pooling=pooling, topk=topk, quota=quota, keep_first=config.keep_first
-    )
+        length=length, levels=levels, pooling=pooling, topk=topk, quota=quota, keep_first=config.keep_first,
+        causal_selection=config.causal_selection,
+    )  # fmt: skip
 
 
 # --- layers that are to stay dense ------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class Scattered(torch.autograd.Function):
 
 
 def selection(q, k, v, config=CONFIG):
-    pyramid = config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first
+    pyramid = config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first, config.causal_selection
     return OPS.select(q, k, v, *pyramid, config.scorer, config.dilation, True, None, REVISION)
 
 

@@ -57,8 +57,9 @@ def brute_force(q, k, v, numbers, config, scale=None):
         chosen.append([brute.select(s_q[b][g], s_k[b][g], of_row, **pyramid) for g in range(k.shape[1])])
         heads = [
             brute.lighthouse(
-                q[b, h], k[b, h // share], v[b, h // share], chosen[b][h // share], of_row, pooling=config.pooling, scale=scale
-            )
+                q[b, h], k[b, h // share], v[b, h // share], chosen[b][h // share], of_row, pooling=config.pooling, scale=scale,
+                levels=config.levels, causal_selection=config.causal_selection,
+            )  # fmt: skip
             for h in range(q.shape[1])
         ]
         rows.append(torch.stack(heads))
@@ -85,7 +86,7 @@ def test_brute_force(case, kernels):
     on_gpu = kernels == "gpu"
     numbers, tensors = numbered(*lengths), qkv(sum(lengths), value_dim=None if on_gpu else 12)
     expected, chosen = brute_force(*(x.cpu() for x in tensors), numbers.cpu(), config)
-    options = levels, pooling, topk, quota or 0, True, "norm", 64, True, None, REVISION
+    options = levels, pooling, topk, quota or 0, True, True, "norm", 64, True, None, REVISION
     entries, _ = OPS.select(*tensors, *options, attention.starts_of(numbers))
     assert from_tensor(entries.cpu(), sum(lengths), levels, pooling) == chosen
     if on_gpu:
@@ -132,7 +133,7 @@ def test_nothing_crosses_a_border_and_no_token_is_left_out(lengths, pooling, lev
 
 def selected(tensors, numbers, config, kept):
     """The slots of a document's own windows: present or not."""
-    options = config.levels, config.pooling, config.topk, config.quota or 0, True, "norm", 64, True, None, REVISION
+    options = config.levels, config.pooling, config.topk, config.quota or 0, True, True, "norm", 64, True, None, REVISION
     starts = attention.starts_of(numbers)
     _, slots = OPS.select(*tensors, *options, starts)
     pyramid = Pyramid(length=numbers.shape[1], levels=config.levels, pooling=config.pooling, topk=1)
@@ -170,10 +171,25 @@ def test_rows_of_one_document_are_compiled_as_without_documents(keep_first):
 # --- the ops ----------------------------------------------------------------------------------------------------------
 
 
+def test_end_of_a_document_is_not_told_before_it(kernels):
+    """Tokens in a window that a border divides get, before the border, what they get where it is not expanded."""
+    q, k, v = (torch.ones(1, 1, 64, 8) * torch.randn(64, 1) for _ in range(3))
+    k[:, :, 44:48] = 100  # window 12 has the last place
+    config = LighthouseConfig(levels=2, pooling=4, topk=2)
+    rows, options = (numbered(64), numbered(31, 33)), (2, 4, 2, 0, True, True, "norm", 64, True, None, REVISION)
+    one, two = (lighthouse_attention(q, k, v, is_causal=True, documents=row, config=config) for row in rows)
+    entries = [OPS.select(q, k, v, *options, attention.starts_of(row))[0].flatten().tolist() for row in rows]
+    assert [28 in x for x in entries] == [False, True]
+    torch.testing.assert_close(one[:, :, :31], two[:, :, :31])
+    published = LighthouseConfig(levels=2, pooling=4, topk=2, causal_selection=False)
+    told = lighthouse_attention(q, k, v, is_causal=True, documents=numbered(31, 33), config=published)
+    assert not torch.allclose(told[:, :, 28:31], two[:, :, 28:31])
+
+
 def test_opcheck():
     q, k, v = qkv(29, dtype=torch.float32)
     starts = attention.starts_of(numbered(10, 19))
-    options = (3, 2, 4, 2, True, "norm", 64, True, None, REVISION)
+    options = (3, 2, 4, 2, True, True, "norm", 64, True, None, REVISION)
     torch.library.opcheck(registered.select, (q.detach(), k.detach(), v.detach(), *options, starts))
     entries, slots = OPS.select(q, k, v, *options, starts)
     rows = torch.randn(1, 4, entries.shape[2], 8, requires_grad=True)
@@ -187,7 +203,7 @@ def test_crowded_out_is_what_is_missing():
         numbers = numbered(*lengths)
         for topk, keep_first in itertools.product((2, 4, 8, 16), (True, False)):
             pyramid = Pyramid(length=64, levels=3, pooling=2, topk=topk, keep_first=keep_first)
-            options = 3, 2, topk, 0, keep_first, "norm", 64, True, None, REVISION
+            options = 3, 2, topk, 0, keep_first, True, "norm", 64, True, None, REVISION
             starts = attention.starts_of(numbers)
             entries, _ = OPS.select(*qkv(64), *options, starts)
             windows = from_tensor(entries, 64, 3, 2)[0][0]

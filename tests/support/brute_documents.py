@@ -6,7 +6,7 @@ As `brute_force.py`, of which it uses the parts that do not change. `numbers` is
 import math
 
 import torch
-from brute_force import coarsest_windows, end, gather, tiles, usual_quota
+from brute_force import coarsest_windows, end, gather, rank, tiles, usual_quota
 
 
 def window(entry, pooling):
@@ -27,12 +27,12 @@ def comes_first(entry, numbers, pooling):
     return begins or (index > 0 and document((level, index - 1), numbers, pooling) is None)
 
 
-def select(s_q, s_k, numbers, *, length, levels, pooling, topk, quota=None):
+def select(s_q, s_k, numbers, *, length, levels, pooling, topk, quota=None, causal_selection=True):
     """The entries of one batch row and key/value head: those of the longest document, of the others, then the divided ones."""
     quota = quota or usual_quota(topk)
 
     def score(tokens, entry):
-        return math.inf if comes_first(entry, numbers, pooling) else max(tokens[t] for t in window(entry, pooling))
+        return math.inf if comes_first(entry, numbers, pooling) else rank(tokens, *entry, pooling, causal_selection)
 
     coarse = coarsest_windows(length, levels, pooling)
     entries = {(levels - 1, index) for index in range(coarse)}
@@ -55,8 +55,25 @@ def select(s_q, s_k, numbers, *, length, levels, pooling, topk, quota=None):
     )
 
 
-def lighthouse(q, k, v, entries, numbers, *, pooling, scale=None):
-    """One head: `[N, D]` each. Only entries of one document attend, are attended to, and give tokens anything."""
+def divided_by_what_follows(token, entry, numbers, pooling, levels):
+    """Whether an entry lies in a coarser window which is expanded for nothing but a border behind the token."""
+    for level in range(entry[0] + 1, levels):
+        above = (level, entry[1] // pooling ** (level - entry[0]))
+        tokens = window(above, pooling)
+        if tokens[-1] >= len(numbers) // pooling ** (levels - 1) * pooling ** (levels - 1):
+            continue  # the entry is of the tail
+        begins = [t for t in tokens if t == 0 or numbers[t] != numbers[t - 1]]
+        after_divided = above[1] > 0 and document((level, above[1] - 1), numbers, pooling) is None
+        if begins and begins[0] > token and not after_divided:
+            return True
+    return False
+
+
+def lighthouse(q, k, v, entries, numbers, *, pooling, levels, scale=None, causal_selection=True):
+    """One head: `[N, D]` each. Only entries of one document attend, are attended to, and give tokens anything.
+
+    In a causal selection, tokens before the border that a window was expanded for get nothing that lies in it.
+    """
     scale = 1 / math.sqrt(q.shape[1]) if scale is None else scale
     pooled_q, pooled_k, pooled_v = (gather(x, entries, pooling) for x in (q, k, v))
     documents = [document(entry, numbers, pooling) for entry in entries]
@@ -69,6 +86,7 @@ def lighthouse(q, k, v, entries, numbers, *, pooling, scale=None):
         out = weights @ pooled_v[seen]
         first = end(entry, pooling) - 1
         for token in range(first, min(first + pooling ** entry[0], len(q))):
-            if numbers[token] == documents[slot]:
+            told = causal_selection and divided_by_what_follows(token, entry, numbers, pooling, levels)
+            if numbers[token] == documents[slot] and not told:
                 rows[token] = rows[token] + out
     return torch.stack(rows)

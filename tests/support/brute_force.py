@@ -17,8 +17,8 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def usual_quota(topk):
-    """The divisor of `topk` nearest 128 on a log scale, ties to the smaller: exact, in fractions."""
-    divisors = [m for m in range(1, topk + 1) if topk % m == 0]
+    """The divisor of `topk`, of at least 64 if there is one, nearest 128 on a log scale, ties to the smaller: in fractions."""
+    divisors = [m for m in range(1, topk + 1) if topk % m == 0 and (m >= 64 or topk < 64)]
     return min(divisors, key=lambda m: (max(Fraction(m, 128), Fraction(128, m)), m))
 
 
@@ -128,7 +128,15 @@ def dilated_scores(q, k, v, dilation, is_causal, scale=None):
     return s_q, s_k
 
 
-def select(s_q, s_k, *, length, levels, pooling, topk, quota=None, keep_first=True):
+def rank(scores, level, index, pooling, causal_selection):
+    """By what a window is ranked: the largest score of its tokens, or if it is causal of the window before it."""
+    if causal_selection and index == 0:
+        return LOWEST
+    first = (index - causal_selection) * pooling**level
+    return max(scores[first : first + pooling**level])
+
+
+def select(s_q, s_k, *, length, levels, pooling, topk, quota=None, keep_first=True, causal_selection=True):
     """The entries of one batch row and key/value head, in order, from its token scores."""
     quota = quota or usual_quota(topk)
     s_q = [score if score > LOWEST else LOWEST for score in s_q]  # NaN and -inf too
@@ -137,10 +145,10 @@ def select(s_q, s_k, *, length, levels, pooling, topk, quota=None, keep_first=Tr
     def query_score(level, index):
         if keep_first and index == 0:
             return math.inf
-        return max(s_q[index * pooling**level : (index + 1) * pooling**level])
+        return rank(s_q, level, index, pooling, causal_selection)
 
     def key_score(level, index):
-        return max(s_k[index * pooling**level : (index + 1) * pooling**level])
+        return rank(s_k, level, index, pooling, causal_selection)
 
     coarse = coarsest_windows(length, levels, pooling)
     entries = {(levels - 1, index) for index in range(coarse)}

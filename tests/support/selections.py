@@ -14,7 +14,7 @@ def assert_same(found, selections, length, levels, pooling):
     assert torch.equal(found[1], slots)
 
 
-def assert_valid(entries, slots, *, length, levels, pooling, topk, quota=None, keep_first=True):
+def assert_valid(entries, slots, *, length, levels, pooling, topk, quota=None, keep_first=True, causal_selection=True):
     """A valid index set, whatever the scores were: in range, sorted, complete, closed under parents, inverse right."""
     windows = brute_force.all_windows(length, levels, pooling)
     coarse = brute_force.coarsest_windows(length, levels, pooling)

@@ -117,7 +117,7 @@ def test_the_same_as_with_a_mask(small, plain_kernels, monkeypatch, heads, dim, 
         torch.randn(4, count, 64, size, dtype=torch.float64)
         for count, size in ((heads, dim), (2, dim), (2, value_dim))
     )
-    entries, _ = OPS.select(q, k, v, 3, 2, 8, 4, True, "norm", 64, True, None, REVISION, starts)
+    entries, _ = OPS.select(q, k, v, 3, 2, 8, 4, True, True, "norm", 64, True, None, REVISION, starts)
     gathered = entries.shape[2]
     tensors = [torch.randn(*x.shape[:2], gathered, x.shape[3], dtype=torch.float64, requires_grad=True) for x in (q, k, v)]
     summary = known_documents.summary(starts) if known else None
@@ -254,7 +254,7 @@ def test_gpu_computes_what_the_mask_says(monkeypatch, levels, heads, dim, kernel
     pyramid = Pyramid(length=length, levels=levels, pooling=4, topk=256)
     entries = torch.arange(length, dtype=torch.int32).expand(4, 2, length)
     if levels > 1:
-        entries, _ = OPS.select(q, k, v, levels, 4, 256, 0, True, "norm", 64, True, None, REVISION, starts)
+        entries, _ = OPS.select(q, k, v, levels, 4, 256, 0, True, True, "norm", 64, True, None, REVISION, starts)
     gathered = pyramid.gathered
     made = [torch.randn(4, x.shape[1], gathered, dim, dtype=torch.bfloat16) for x in (q, k, v)]
     exact = [x.float().cuda().requires_grad_() for x in made]

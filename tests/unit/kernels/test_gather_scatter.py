@@ -301,5 +301,5 @@ def test_opcheck(shape, is_causal):
 def test_opcheck_select(shape, scorer):
     length, levels, pooling, topk, quota = shape
     q, k, v = (random(2, heads, length, 4, dtype=torch.float32, grad=True) for heads in (4, 2, 2))
-    arguments = (q, k, v, levels, pooling, topk, quota or 0, True, scorer, 4, True, None, REVISION)
+    arguments = (q, k, v, levels, pooling, topk, quota or 0, True, True, scorer, 4, True, None, REVISION)
     torch.library.opcheck(OPS.select.default, arguments)

@@ -4,12 +4,13 @@ import brute_force
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from selections import assert_same, assert_valid
 
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
 from lighthouse_fx.kernels import REVISION, Pyramid, reference
+from lighthouse_fx.kernels.reference.scorers import token_scores
 
 OPS = torch.ops.lighthouse_fx
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60, database=None)
@@ -26,6 +27,7 @@ def pyramids(draw, longest=150):
         topk=quota * tiles,
         quota=draw(st.sampled_from([quota, None])),
         keep_first=draw(st.booleans()),
+        causal_selection=draw(st.booleans()),
     )
 
 
@@ -42,7 +44,7 @@ def inputs(pyramid, heads=2, groups=1, size=3, dtype=torch.float32, batch=1, see
 
 def select(q, k, v, pyramid):
     names = ("levels", "pooling", "topk")
-    rest = pyramid["quota"] or 0, pyramid["keep_first"], "norm", 1, True, None, REVISION
+    rest = pyramid["quota"] or 0, pyramid["keep_first"], pyramid.get("causal_selection", True), "norm", 1, True, None, REVISION
     return OPS.select(q, k, v, *(pyramid[name] for name in names), *rest)
 
 
@@ -151,6 +153,66 @@ def test_bidirectional_tokens_see_the_whole_sequence():
     for token in range(24):
         (grad,) = torch.autograd.grad(out[:, :, token].sum(), tensors[2], retain_graph=True)
         assert (grad != 0).all()
+
+
+@PROPERTY
+@given(pyramids(longest=100), st.sampled_from(["norm", "dilated", "gla"]), st.data())
+def test_no_window_is_ranked_by_its_own_tokens_or_later_ones(pyramid, scorer, data):
+    """With everything behind a token replaced, windows that hold it or begin before it rank as they did, at every level."""
+    length, levels, pooling = (pyramid[name] for name in ("length", "levels", "pooling"))
+    shape, token = Pyramid(**pyramid), data.draw(st.integers(0, length - 1))
+
+    def ranks(q, k, v):
+        scores = token_scores(q, k, v, scorer=scorer, dilation=3, is_causal=True, scale=None)
+        return [reference.ranks_by_previous(reference.window_scores(s, shape), shape)[0, 0] for s in scores]
+
+    tensors = [x.detach() for x in inputs(pyramid)]
+    others = [torch.cat([x[:, :, : token + 1], 9 * torch.randn_like(x[:, :, token + 1 :])], 2) for x in tensors]
+    windows = [window for window in brute_force.all_windows(length, levels, pooling) if window[0] > 0]
+    held = torch.tensor([index * pooling**level <= token for level, index in windows], dtype=torch.bool)
+    for before, after in zip(ranks(*tensors), ranks(*others), strict=True):
+        assert torch.equal(before[held], after[held])
+
+
+@PROPERTY
+@given(pyramids(longest=100), st.data())
+def test_last_window_of_a_tile_is_told_nothing_of_what_follows(pyramid, data):
+    """With two levels its tokens' outputs are bitwise the same: no window behind it competes with those that they can see."""
+    pyramid |= dict(levels=2, causal_selection=True)
+    length, pooling, quota = pyramid["length"], pyramid["pooling"], pyramid["quota"]
+    last = [tile[-1] for tile in brute_force.tiles(length, 2, pooling, pyramid["topk"], quota) if tile]
+    assume(last)
+    token = data.draw(st.sampled_from(last)) * pooling + data.draw(st.integers(0, pooling - 1))
+    config = LighthouseConfig(**{name: value for name, value in pyramid.items() if name != "length"})
+    tensors = [x.detach() for x in inputs(pyramid)]
+    others = [torch.cat([x[:, :, : token + 1], 9 * torch.randn_like(x[:, :, token + 1 :])], 2) for x in tensors]
+    before, after = (
+        lighthouse_attention(*x, is_causal=True, enable_gqa=True, config=config) for x in (tensors, others)
+    )
+    window = slice(token // pooling * pooling, token + 1)
+    assert torch.equal(before[:, :, window], after[:, :, window])
+
+
+def test_published_selection_tells_of_what_follows():
+    """The same, by its own scores: what stands behind a token in its window decides whether the token has an entry."""
+    q, k, v = (torch.randn(1, 1, 64, 4) for _ in range(3))
+    q[:, :, 8:16], k[:, :, 8:16] = 0, 0  # windows 2 and 3: neither makes window 3 an entry's
+    other = q.clone()
+    other[:, :, 15] = 100
+    fields = dict(levels=2, pooling=4, topk=8)
+    for causal_selection in (True, False):
+        config = LighthouseConfig(causal_selection=causal_selection, **fields)
+        outs = [lighthouse_attention(x, k, v, is_causal=True, config=config)[:, :, 12:15] for x in (q, other)]
+        assert torch.equal(*outs) == causal_selection
+
+
+def test_bidirectional_attention_ranks_windows_by_themselves():
+    tensors = [x.detach() for x in inputs(dict(length=64), 1)]
+    fields = dict(levels=3, pooling=2, topk=4)
+    outs = [
+        lighthouse_attention(*tensors, config=LighthouseConfig(causal_selection=causal, **fields)) for causal in (True, False)
+    ]
+    assert torch.equal(*outs)
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------

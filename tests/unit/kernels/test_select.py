@@ -8,6 +8,7 @@ import torch
 from selections import assert_same, assert_valid
 
 from lighthouse_fx.kernels import REVISION, Pyramid, reference
+from lighthouse_fx.kernels.geometry import half_of
 from lighthouse_fx.kernels.reference.scorers import token_scores
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -32,6 +33,7 @@ def select(q, k, v=None, *, scorer="norm", dilation=4, is_causal=True, scale=Non
         pyramid["topk"],
         quota or 0,
         pyramid.get("keep_first", True),
+        pyramid.get("causal_selection", True),
         scorer,
         dilation,
         is_causal,
@@ -98,17 +100,21 @@ def test_norm_scores(dtype):
 
 def test_ties_go_to_the_lower_index():
     ones = torch.ones(1, 1, 64, 2)
-    entries, _ = select(ones, ones, levels=2, pooling=2, topk=6, keep_first=False)
-    expanded = [window for window in brute_force.from_tensor(entries, 64, 2, 2)[0][0] if window[0] == 0]
-    assert expanded == [(0, token) for token in range(12)]
+    for causal_selection, first in ((False, 0), (True, 2)):  # causally, the first window ranks lowest
+        pyramid = dict(levels=2, pooling=2, topk=6, keep_first=False, causal_selection=causal_selection)
+        entries, _ = select(ones, ones, **pyramid)
+        expanded = [window for window in brute_force.from_tensor(entries, 64, 2, 2)[0][0] if window[0] == 0]
+        assert expanded == [(0, token) for token in range(first, first + 12)]
 
 
 def test_query_half_then_key_half():
     """Window 5 is largest by query and by key: it takes one place of the query half only."""
     q, k = torch.ones(1, 1, 40, 1), torch.ones(1, 1, 40, 1)
     q[0, 0, [20, 28]], k[0, 0, [21, 33, 8]] = torch.tensor([[9.0], [8.0]]), torch.tensor([[9.0], [8.0], [7.0]])
-    for keep_first, windows in ((False, [2, 5, 7, 8]), (True, [0, 2, 5, 8])):
-        entries, _ = select(q, k, levels=2, pooling=4, topk=4, keep_first=keep_first)
+    published, causal = ((False, [2, 5, 7, 8]), (True, [0, 2, 5, 8])), ((False, [3, 6, 8, 9]), (True, [0, 3, 6, 9]))
+    for causal_selection, (keep_first, windows) in [(False, x) for x in published] + [(True, x) for x in causal]:
+        pyramid = dict(levels=2, pooling=4, topk=4, keep_first=keep_first, causal_selection=causal_selection)
+        entries, _ = select(q, k, **pyramid)
         tokens = [window[1] for window in brute_force.from_tensor(entries, 40, 2, 4)[0][0] if window[0] == 0]
         assert sorted({token // 4 for token in tokens}) == windows
 
@@ -117,7 +123,7 @@ def test_odd_quota_gives_queries_the_larger_half():
     q, k = torch.ones(1, 1, 40, 1), torch.ones(1, 1, 40, 1)
     q[0, 0, [8, 16, 24]], k[0, 0, [12, 20, 28]] = torch.tensor([[3.0]]), torch.tensor([[3.0]])
     for topk, windows in ((3, [2, 3, 4]), (1, [2])):
-        entries, _ = select(q, k, levels=2, pooling=4, topk=topk, keep_first=False)
+        entries, _ = select(q, k, levels=2, pooling=4, topk=topk, keep_first=False, causal_selection=False)
         tokens = [window[1] for window in brute_force.from_tensor(entries, 40, 2, 4)[0][0] if window[0] == 0]
         assert sorted({token // 4 for token in tokens}) == windows
 
@@ -133,11 +139,17 @@ def test_keep_first_expands_window_zero_at_every_level():
 
 
 @pytest.mark.parametrize(
-    "topk, quota", [(1536, 128), (6144, 128), (2048, 128), (100, 100), (192, 96), (1000, 125), (7, 7), (1, 1), (509, 509)]
+    "topk, quota", [(1536, 128), (6144, 128), (2048, 128), (100, 100), (192, 96), (1000, 125), (7, 7), (1, 1), (509, 509),
+     (59 * 59, 59 * 59), (122, 122), (265, 265), (62, 62)]  # never below 64 where 64 windows are expanded
 )
 def test_default_quota(topk, quota):
     assert brute_force.usual_quota(topk) == quota
     assert Pyramid(length=1, levels=3, pooling=4, topk=topk).quota_ == quota
+
+
+@pytest.mark.parametrize("length, quota", [(4096, 128), (1024, 128), (1023, 64), (512, 64), (511, 16), (128, 16), (127, 2)])
+def test_quota_that_follows_the_length_is_64_where_the_length_allows(length, quota):
+    assert half_of(length, levels=2, pooling=4)[1] == quota
 
 
 @pytest.mark.parametrize(

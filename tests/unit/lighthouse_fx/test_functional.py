@@ -38,14 +38,15 @@ def qkv(sizes, dtype=torch.float64, grad=True):
 
 def selected(q, k, v, config, is_causal=True, scale=None):
     """The op's own selection."""
-    pyramid = config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first
+    pyramid = config.levels, config.pooling, config.topk, config.quota or 0, config.keep_first, config.causal_selection
     return OPS.select(q, k, v, *pyramid, config.scorer, config.dilation, is_causal, scale, REVISION)
 
 
-def selected_by_norm(q, k, config):
+def selected_by_norm(q, k, config, is_causal=True):
     """The brute force's selection, which sees nothing of the package but the numbers of the configuration."""
     names = ("levels", "pooling", "topk", "quota", "keep_first")
     pyramid = dict(length=q.shape[2], **{name: getattr(config, name) for name in names})
+    pyramid["causal_selection"] = config.causal_selection and is_causal
     return brute_force.select_all(*brute_force.norm_scores(q.detach(), k.detach()), **pyramid)
 
 
@@ -60,7 +61,7 @@ def test_equals_brute_force(sizes, fields, is_causal, keep_first, scale):
     config = LighthouseConfig(keep_first=keep_first, **fields)
     inputs = qkv(sizes)
     out = lighthouse_attention(*inputs, is_causal=is_causal, scale=scale, enable_gqa=sizes[1] != sizes[2], config=config)
-    selections = selected_by_norm(*inputs[:2], config)
+    selections = selected_by_norm(*inputs[:2], config, is_causal)
     expected = brute_force.lighthouse(
         *inputs, selections, pooling=config.pooling, is_causal=is_causal, scale=scale
     )
@@ -124,7 +125,7 @@ def test_narrow_types_within_a_float64_budget(sizes, fields, dtype, is_causal, k
     config = LighthouseConfig(**fields)
     inputs = [x.to(dtype).detach().requires_grad_() for x in qkv(sizes)]
     gqa = sizes[1] != sizes[2]
-    selections = selected_by_norm(*inputs[:2], config)
+    selections = selected_by_norm(*inputs[:2], config, is_causal)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = brute_force.lighthouse(*exact_inputs, selections, pooling=config.pooling, is_causal=is_causal)
     grad = torch.randn_like(exact).to(dtype)
