@@ -16,16 +16,16 @@ from functools import cache
 import torch
 
 _USUAL_QUOTA = 128
-_LEAST_CAUSAL_QUOTA = 64  # below it, windows that compete for a quota tell much of those behind (SPEC.md, "Causal selection")
+_LEAST_CAUSAL_QUOTA = 64  # windows that compete for fewer tell of those behind (SPEC.md, "Causal selection")
 _QUOTAS = (_USUAL_QUOTA, _LEAST_CAUSAL_QUOTA, 16)
 _LEAST_QUOTA = 2  # one by query, one by key
 
 
 @cache
 def default_quota(topk: int) -> int:
-    """Windows expanded per tile and level: the divisor of `topk` nearest 128 on a log scale, of those from 64 on if there are any.
+    """Windows expanded per tile and level: the divisor of `topk` nearest 128 by ratio, ties to the smaller.
 
-    Ties go to the smaller.
+    Divisors below 64 count only where there are no others.
     """
     divisors = {d for i in range(1, math.isqrt(topk) + 1) if topk % i == 0 for d in (i, topk // i)}
     large = {d for d in divisors if d >= _LEAST_CAUSAL_QUOTA} or divisors
@@ -40,8 +40,8 @@ def tokens_of_tile(quota: int, *, levels: int, pooling: int) -> int:
 def half_of(length: int, *, levels: int, pooling: int, quota: int | None = None) -> tuple[int, int]:
     """`topk` and `quota` by which half of a sequence is expanded, over all levels, in whole tiles.
 
-    The quota is 128 unless one is given, and 64, 16 or 2 where the sequence has no tokens for a tile of that. Where the length is a
-    `torch.SymInt` so is `topk`, and the quota an `int`: what decides it becomes a guard, so there are few to choose from.
+    The quota is 128 unless one is given, and 64, 16 or 2 where the sequence has no tokens for a tile of that. Where the length
+    is a `torch.SymInt` so is `topk`, and the quota an `int`: what decides it becomes a guard, so there are few to choose from.
     """
     if quota is None:
         fitting = (each for each in _QUOTAS if length >= tokens_of_tile(each, levels=levels, pooling=pooling))
@@ -61,7 +61,7 @@ class Pyramid:
         topk: windows expanded per level over the whole sequence, `k >= 1`.
         quota: windows expanded per tile and level, `m`; a divisor of `topk`, or None for `default_quota(topk)`.
         keep_first: expand window 0 at every level, so that no token is left without a contribution.
-        causal_selection: rank each window by the scores of the one before it on its level, so that no token is told of later ones.
+        causal_selection: rank each window by the scores of the one before it, so that no token is told of later ones.
     """
 
     length: int

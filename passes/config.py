@@ -116,8 +116,8 @@ class LighthouseConfig:
 def _warn_of_small_quota(name: str, value: int) -> None:
     """Warn once of each value: a program makes many configurations of it."""
     warnings.warn(
-        f"{name}={value} expands fewer than {_LEAST_CAUSAL_QUOTA} windows per tile. Windows compete for them with those behind, so "
-        "that causal attention tells tokens of later ones and training may learn to use it: use "
+        f"{name}={value} expands fewer than {_LEAST_CAUSAL_QUOTA} windows per tile. Windows compete with those behind, "
+        "so that causal attention tells tokens of later ones and training may learn to use it: use "
         f"{name}={_LEAST_CAUSAL_QUOTA} or more, or topk=None",
         stacklevel=4,
     )

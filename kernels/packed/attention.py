@@ -3,15 +3,15 @@
 A row is cut into documents, runs of tokens; `starts` int32 `[B, N]` says for each token where its document begins. A window
 is *divided* where it holds tokens of more than one document.
 
-1. *Select.* Under a causal selection windows are ranked by the one before, as without documents, whatever its document; then
-   comes what must be. Expanded before all others, at every level: each window that holds the first token of a document, and the window
-   after one that such a token divides, so that no token is left without output. (Whether a row's first is, says `keep_first`.)
+1. *Select.* Windows are ranked as without documents. Then, expanded before all others, at every level: each window that holds
+   the first token of a document, and the window after one that such a token divides, so that no token is left without output.
+   (Whether a row's first is, says `keep_first`.)
    Where a tile has more of these than its quota, those that come first are expanded, and the rest is *crowded out*.
 2. *Gather.* A divided window that is an entry comes after all others, out of the order: nobody attends to it, and its output
    goes nowhere. The others lie document by document, the longest first, each in causal order.
 3. *Attend.* Causal attention inside each document's entries.
 4. *Scatter.* An entry's output is added to tokens of its own document only. That a window is expanded for a border in it would
-   tell the tokens before the border that their document ends. Under a causal selection they therefore receive, of such a window,
+   tell tokens before the border that their document ends. Under a causal selection they therefore receive, of such a window,
    what tokens of a window that is not expanded do: nothing of its finer entries (`reference.own_document`).
 
 So nothing that anyone attends to mixes documents, and no token receives anything of another document, whatever the budget. (But

@@ -59,7 +59,7 @@ def brute_force(q, k, v, numbers, config, scale=None):
             brute.lighthouse(
                 q[b, h], k[b, h // share], v[b, h // share], chosen[b][h // share], of_row, pooling=config.pooling, scale=scale,
                 levels=config.levels, causal_selection=config.causal_selection,
-            )  # fmt: skip
+            )
             for h in range(q.shape[1])
         ]
         rows.append(torch.stack(heads))

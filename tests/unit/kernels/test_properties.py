@@ -199,11 +199,10 @@ def test_published_selection_tells_of_what_follows():
     q[:, :, 8:16], k[:, :, 8:16] = 0, 0  # windows 2 and 3: neither makes window 3 an entry's
     other = q.clone()
     other[:, :, 15] = 100
-    fields = dict(levels=2, pooling=4, topk=8)
-    for causal_selection in (True, False):
-        config = LighthouseConfig(causal_selection=causal_selection, **fields)
-        outs = [lighthouse_attention(x, k, v, is_causal=True, config=config)[:, :, 12:15] for x in (q, other)]
-        assert torch.equal(*outs) == causal_selection
+    for causal_selection, expanded in ((True, [False, False]), (False, [False, True])):
+        pyramid = dict(levels=2, pooling=4, topk=8, quota=None, keep_first=True, causal_selection=causal_selection)
+        entries = [select(x, k, v, pyramid)[0].flatten().tolist() for x in (q, other)]
+        assert [13 in of for of in entries] == expanded
 
 
 def test_bidirectional_attention_ranks_windows_by_themselves():

@@ -1,6 +1,8 @@
 """`lighthouse_attention` from end to end against the brute force: outputs and all gradients, in every type."""
 
 import logging
+import re
+import warnings
 from contextlib import nullcontext
 
 import brute_force
@@ -11,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
 from lighthouse_fx.kernels import REVISION
+from lighthouse_fx.passes import config as passes_config
 
 pytestmark = pytest.mark.usefixtures("kernels")
 OPS = torch.ops.lighthouse_fx
@@ -260,3 +263,28 @@ def test_no_grad_is_the_same_function():
         out = lighthouse_attention(q, k, v, enable_gqa=True, config=config)
     assert not out.requires_grad
     assert torch.equal(out, lighthouse_attention(q, k, v, enable_gqa=True, config=config))
+
+
+@pytest.mark.parametrize(
+    "fields, warns",
+    [
+        (dict(quota=32), "quota=32 expands fewer than 64 windows per tile.*use quota=64 or more"),
+        (dict(topk=48), "topk=48 expands fewer than 64 windows per tile.*use topk=64 or more"),
+        (dict(topk=128, quota=16), "quota=16"),
+        (dict(quota=32, causal_selection=False), None),
+        (dict(levels=1, topk=8), None),
+        (dict(topk=59 * 59), None),
+        (dict(quota=64), None),
+        (dict(), None),
+    ],
+    ids=str,
+)
+def test_small_quota_warns_once(fields, warns):
+    passes_config._warn_of_small_quota.cache_clear()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            LighthouseConfig(**fields)
+    assert len(found) == (warns is not None)
+    for warning in found:
+        assert re.search(warns, str(warning.message)) and warning.filename == __file__
