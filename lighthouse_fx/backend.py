@@ -24,6 +24,7 @@ from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_
 from .passes.attention_call import EXCLUDED, NO_GRADIENTS
 from .passes.config import LighthouseConfig, config_field_names
 from .passes.decide.check import unmatched
+from .passes.rewrite.shared_subgraphs import separate_callers, share_again
 from .report.report import GraphReport, as_networkx, mark_calls, record
 from .runtime import document_inputs, guards, journal, stage, wrappers
 from .runtime.modules import Modules
@@ -79,6 +80,7 @@ def _compiled(
 ) -> Compiled:
     report, rewritten, conditions = rewrite(gm, example_inputs, config, excluded)
     calls: Sequence[AttentionCall] = rewritten.meta[CALLS]
+    share_again(rewritten)
     example_inputs = [*example_inputs, *document_inputs.example_documents(rewritten)]
     compiled = cast(Compiled, compile_fx(rewritten, example_inputs, config_patches=patches))
     compiled = document_inputs.bind_documents(compiled, rewritten, conditions.state.stage.resolve(config) or config)
@@ -112,6 +114,7 @@ def rewrite(
     config = state.stage.resolve(own)
     gradients = torch.is_grad_enabled()
     modules = Modules(gm)
+    separate_callers(gm)
     modules.name_nodes(gm)
     # Before anything is noted in its meta: DDP copies the graph that it gave, meta and all.
     gm = document_inputs.allow_document_input(gm)

@@ -32,6 +32,7 @@ from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.masks.prove import prove_masks
 from lighthouse_fx.passes.match.flash_attn import find_flash_functions
 from lighthouse_fx.passes.rewrite.replace import replace_node
+from lighthouse_fx.passes.rewrite.shared_subgraphs import separate_callers
 from lighthouse_fx.report.report import AttentionRecord
 from lighthouse_fx.runtime import stage
 
@@ -65,6 +66,7 @@ class FunctionalGraphs:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             gm.meta[NO_GRADIENTS] = Refusal(reason="gradients are off")
+        separate_callers(gm)
         gm.meta[CALLS] = ()
         flash: set[fx.Node] = set()
         for step in _FINDING:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from lighthouse_fx.passes import CALLS, LAYERS, PIPELINE, Refusal
 from lighthouse_fx.passes.attention_call import NO_GRADIENTS
 from lighthouse_fx.passes.config import LighthouseConfig
+from lighthouse_fx.passes.rewrite.shared_subgraphs import separate_callers
 from lighthouse_fx.report.report import AttentionRecord, record
 from lighthouse_fx.runtime import document_inputs
 from lighthouse_fx.runtime.guards import guard_on_documents
@@ -71,6 +72,7 @@ class AsTrained:
     def _rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend: the passes of training, over a graph that is traced without gradients."""
         modules = Modules(gm)
+        separate_callers(gm)
         modules.name_nodes(gm)
         gm.meta |= {LAYERS: modules.layer, NO_GRADIENTS: _WITHOUT_GRADIENTS}
         if self._inside_documents:

@@ -112,11 +112,6 @@ def unmatched(config: LighthouseConfig, names: Iterable[str], layers: Iterable[L
 
 def _exclude(call: AttentionCall, config: LighthouseConfig, layer: Layer | None) -> AttentionCall:
     for wanted in config.dense_layers:
-        if isinstance(wanted, int) and len(call.region.callers) > 1:
-            return call.refuse(
-                f"dense_layers has the number {wanted}, and several layers share this call's subgraph",
-                "name the layers by a pattern, or compile without nested_compile_region",
-            )
         if isinstance(wanted, int) and layer is None:
             return call.refuse(
                 f"dense_layers has the number {wanted}, and this call's layer has none in this graph",
