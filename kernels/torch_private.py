@@ -43,7 +43,7 @@ try:
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensorMode
     from torch.autograd.graph import _engine_run_backward as run_backward
-    from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, has_free_unbacked_symbols
     from torch.utils import _pytree as pytree
     from torch.utils._python_dispatch import _disable_current_modes as without_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -112,6 +112,7 @@ __all__ = [
     "GlobalSource",
     "Guard",
     "GuardBuilder",
+    "GuardOnDataDependentSymNode",
     "HigherOrderOperator",
     "ImportSource",
     "InstructionTranslator",

@@ -19,6 +19,7 @@ from lighthouse_fx.kernels.torch_private import HigherOrderOperator, OpOverload,
 
 from ..masks.evaluate import operation_name
 from ..masks.rules import is_interpreted
+from .internal_error import internal_error
 from .subgraphs import regions
 
 Writers = dict[int, list[fx.Node]]
@@ -119,7 +120,8 @@ def target_of_write(node: fx.Node) -> Sequence[Any]:
         return ()
     try:
         return node.args[:1] if not _is_pure(node) and _writes_to_its_first_argument_only(node) else ()
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+    except Exception as error:
+        internal_error(error, "the search for writes to tensors")
         return ()
 
 

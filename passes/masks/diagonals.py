@@ -170,6 +170,8 @@ def _constant_in(constant: Any, dtype: torch.dtype) -> Any:
 
 def _fits(constant: Any, dtype: torch.dtype) -> bool:
     """Whether a dtype holds a number exactly, as a normal number. Also true of computing in a wider dtype, as fusion may."""
+    if dtype.is_complex:
+        return False
     if not dtype.is_floating_point:
         return _is_whole(constant) and torch.iinfo(dtype).min <= constant <= torch.iinfo(dtype).max
     if math.isinf(constant) or constant == 0:

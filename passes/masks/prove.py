@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from lighthouse_fx.kernels.torch_private import is_traceable_wrapper_subclass
+from lighthouse_fx.kernels.torch_private import GuardOnDataDependentSymNode, is_traceable_wrapper_subclass
 
 from ..attention_call import AttentionCall, Refusal, ScoreMask, fake, for_each_call
 from ..ir.aliasing import Writers, written
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Region
 from ..match.products import is_number
 from .diagonals import Cases, Diagonals, Unproven, as_cases, coordinate
@@ -65,8 +66,8 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
         if _shows(call) and (why.false & Diagonals(((0, math.inf),)) & _within(call)).bands:
             return call.refuse(f"attn_mask hides earlier tokens, as a sliding window does; besides, {why}", _remedy(call))
         return _in_doubt(call, str(why))
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return _in_doubt(call, "its construction was not understood")
+    except Exception as error:
+        return _in_doubt(call, internal_error(error, "the proof of its mask").reason)
     if bands is None:
         if call.score_mask is not None and call.score_mask.fill is not None:
             return call.refuse("attn_mask fills scores with another number than -inf or the lowest one", _remedy(call))
@@ -95,7 +96,7 @@ def _in_doubt(call: AttentionCall, why: str) -> AttentionCall:
     reason = f"explicit attn_mask, not proved to be only causal: {why}"
     try:
         problem = _never_causal(call)
-    except Exception:  # sizes that nobody knows while compiling cannot be compared
+    except GuardOnDataDependentSymNode:  # sizes that nobody knows while compiling cannot be compared
         problem = "its shape is not known"
     if problem is not None:
         return call.refuse(f"{reason}; {problem}", _remedy(call))

@@ -33,6 +33,7 @@ from torch import fx
 from lighthouse_fx.kernels.torch_private import HigherOrderOperator, set_grad_enabled
 
 from ..attention_call import AttentionCall, Steps, add_calls, constant, fake
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Region, regions
 from ..masks.evaluate import operation_name
 from .layouts import only_output, shown
@@ -129,8 +130,8 @@ def _understood(node: fx.Node, region: Region, name: str, inside: fx.Node | None
         documents = _starts(given, query, out, views) if packed else None
     except Unclear as why:
         return replace(call, views=tuple(views)).refuse(why.reason, why.remedy or _KEEP)
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return replace(call, views=tuple(views)).refuse("flash-attn is called in a way that is not understood", _KEEP)
+    except Exception as error:
+        return replace(call, views=tuple(views), refusal=internal_error(error, "reading a call of flash-attn"))
     heads = [tensor.shape[1] for tensor in tensors[:2] if tensor is not None]
     functions: list[Any] = [] if inside is None else [*unused, node, *node.args[:2]]
     return replace(

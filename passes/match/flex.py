@@ -25,6 +25,7 @@ from lighthouse_fx.kernels.torch_private import HigherOrderOperator
 
 from ..attention_call import AttentionCall, add_calls, fake
 from ..ir.aliasing import writes_in_place
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Region, regions
 from ..masks.diagonals import EVERY, Diagonals, Unproven, as_cases, coordinate
 from ..masks.evaluate import ORIGIN, Elements, is_one, operation_name
@@ -82,8 +83,8 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         )
     except Unclear as why:
         return call.refuse(why.reason, why.remedy or _KEEP)
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return call.refuse("flex_attention is called in a way that is not understood", _KEEP)
+    except Exception as error:
+        return replace(call, refusal=internal_error(error, "reading a call of flex_attention"))
 
 
 def _body(region: Region, function: Any) -> fx.GraphModule:

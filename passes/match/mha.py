@@ -24,6 +24,7 @@ from torch import fx
 from lighthouse_fx.kernels.torch_private import fused_encoder_layer, fused_multi_head_attention
 
 from ..attention_call import AttentionCall, Steps, add_calls, fake
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Region, regions
 from .layouts import only_output, place_of, shown, unused_outputs
 from .products import Unclear
@@ -76,9 +77,8 @@ def _understood(node: fx.Node, region: Region) -> AttentionCall:
         return _as_call(call, given.arguments, views)
     except Unclear as why:
         return replace(call, views=tuple(views)).refuse(f"nn.MultiheadAttention {why.reason}", why.remedy or _KEEP)
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        refused = replace(call, views=tuple(views))
-        return refused.refuse("nn.MultiheadAttention is called in a way that is not understood", _KEEP)
+    except Exception as error:
+        return replace(call, views=tuple(views), refusal=internal_error(error, "reading a call of nn.MultiheadAttention"))
 
 
 def _as_call(call: AttentionCall, given: Mapping[str, Any], views: list[fx.Node]) -> AttentionCall:

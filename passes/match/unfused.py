@@ -23,6 +23,7 @@ from torch import fx
 
 from ..attention_call import NO_GRADIENTS, AttentionCall, ScoreMask, add_calls, constant, fake
 from ..ir.aliasing import Writers, memories, written
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import regions
 from ..masks.evaluate import operation_name
 from .layouts import shown
@@ -171,8 +172,8 @@ def _understood(
         )
     except Unclear as why:
         return call.refuse(f"attention written out by hand: {why.reason}", why.remedy or _KEEP)
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        return call.refuse("attention written out by hand, in a way that was not understood", _KEEP)
+    except Exception as error:
+        return replace(call, refusal=internal_error(error, "reading attention written out by hand"))
     scale = path.scale if path.symbol is None else _scale(path, path.symbol, call.node, views)
     call = replace(
         call,
@@ -191,8 +192,8 @@ def _understood(
     # Query, key and value will be read where the output is, later than where the scores are computed.
     try:
         changed = any(writers().get(memory) for memory in memories([query, key, value]))
-    except Exception:  # likewise
-        changed = True
+    except Exception as error:
+        return replace(call, refusal=internal_error(error, "the search for writes to tensors"))
     if changed:
         return call.refuse("attention written out by hand, of tensors that may be changed in place", "work on copies")
     return call

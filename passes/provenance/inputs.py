@@ -26,6 +26,7 @@ from lighthouse_fx.kernels.torch_private import other_names
 
 from ..attention_call import AttentionCall, Refusal, fake
 from ..ir.aliasing import memories, target_of_write
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Caller, Region, regions
 from .axes import Rows, rows_of
 from .operations import step_back
@@ -85,7 +86,10 @@ class Inputs:
 
     def cross_attention(self, call: AttentionCall) -> Refusal | None:
         """Why a call may be attention from one sequence to another."""
-        return next((why for way in _ways(call.region) if (why := self._compare(call, way)) is not None), None)
+        try:
+            return next((why for way in _ways(call.region) if (why := self._compare(call, way)) is not None), None)
+        except Exception as error:
+            return internal_error(error, "following query and key")
 
     # --- forward: data -----------------------------------------------------------------------------------------------
 

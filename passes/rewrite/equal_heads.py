@@ -27,6 +27,7 @@ from torch import fx
 
 from ..attention_call import AttentionCall, fake, for_each_call
 from ..ir.aliasing import Writers, memories, written
+from ..ir.internal_error import internal_error
 from ..masks.evaluate import is_one, operation_name
 from ..provenance.rows import sizes
 
@@ -62,7 +63,8 @@ def _undone(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCal
         run = math.gcd(heads, *(runs.along(x, _HEADS) for x in read))
         # The heads are read where the attention is, later than where they were made: nothing may write to what they rest on.
         changed = run > 1 and any(writers().get(memory) for memory in memories(runs.visited))
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+    except Exception as error:
+        internal_error(error, "the search for repeated heads")
         return call
     if run <= 1 or changed:
         return call

@@ -27,6 +27,7 @@ from lighthouse_fx.kernels.shapes import tensor_problem
 from ..attention_call import MODULE, AttentionCall, fake, for_each_call
 from ..config import LighthouseConfig
 from ..ir.aliasing import Writers, memories, written
+from ..ir.internal_error import internal_error
 from ..ir.subgraphs import Region
 from ..provenance.norms import normalised
 from ..provenance.rows import BATCH, FEATURE, HEAD, TOKEN, Place, holds_data, place_in, sizes, step_back
@@ -107,7 +108,8 @@ def _before_its_norm(node: Any, region: Region, writers: Callable[[], Writers]) 
             return None  # what was written to may hold anything
         if isinstance(found, _Raw) and any(_later(write, found.norm) for at in raw for write in writers().get(at, ())):
             return _Unusable(f"{found.node.name}, which it normalises, is changed in place afterwards")
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
+    except Exception as error:
+        internal_error(error, "the search for a norm of queries and keys")
         return None
     return found
 

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..attention_call import AttentionCall, constant, fake, for_each_call
 from ..ir.aliasing import Writers, memories, written
+from ..ir.internal_error import internal_error
 from ..masks.evaluate import is_one, operation_name
 
 
@@ -38,8 +39,9 @@ def _undone(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCal
     # The keys are read where the attention is, later than where they were repeated: nothing may write to them.
     try:
         changed = any(writers().get(memory) for memory in memories([key[0], value[0]]))
-    except Exception:  # whatever a user's graph holds, failing to understand it must not fail the compilation
-        changed = True
+    except Exception as error:
+        internal_error(error, "the search for writes to tensors")
+        return call
     if changed:
         return call
     chain = {node: call.region for node in (*key[1], *value[1])}

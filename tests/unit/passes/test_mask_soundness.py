@@ -520,16 +520,28 @@ def raises(*args):
     raise ZeroDivisionError
 
 
-def test_failure_in_the_proof_is_a_refusal(monkeypatch):
+def fail_in_proof(monkeypatch):
     monkeypatch.setitem(OPERATIONS, "tril", (raises, ("input", "diagonal")))
-    _, call = only_call(lambda q: attend(q, lower(torch.bool)), heads())
-    assert "not understood" in call.refusal.reason
 
 
-def test_failure_to_find_the_writes_is_a_refusal(monkeypatch):
+def fail_to_find_writes(monkeypatch):
     monkeypatch.setattr(aliasing, "_may_write_to", raises)
+
+
+@pytest.mark.parametrize("fail", [fail_in_proof, fail_to_find_writes])
+def test_failure_in_the_proof_is_a_refusal(fail, monkeypatch, caplog):
+    fail(monkeypatch)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     _, call = only_call(lambda q: attend(q, lower(torch.bool)), heads())
-    assert "not understood" in call.refusal.reason
+    assert "internal error in the proof of its mask, ZeroDivisionError" in call.refusal.reason
+    assert "ZeroDivisionError" in caplog.text and "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("fail", [fail_in_proof, fail_to_find_writes])
+def test_failure_in_the_proof_is_raised_in_tests(fail, monkeypatch):
+    fail(monkeypatch)
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        only_call(lambda q: attend(q, lower(torch.bool)), heads())
 
 
 @pytest.mark.parametrize(
