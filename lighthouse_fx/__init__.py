@@ -27,6 +27,7 @@ from .training.loss_monitor import Divergence
 from .training.recovery import StageEvent
 from .training.run_log import RunLog
 from .training.two_stage import TwoStage
+from .version import __version__ as __version__
 
 __all__ = [
     "AttentionRecord",
@@ -55,4 +56,3 @@ __all__ = [
     "validate",
     "verify",
 ]
-__version__ = "0.1.0"

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from lighthouse_fx.report.text import printable
+
 
 def transformers(purpose: str = "a model's name or folder", *, instead: str = "") -> Any:
     """The library.
@@ -34,6 +36,11 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: pip install 'lighthouse-fx[plot]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def as_label(text: str) -> str:
+    r"""A text of unknown origin as matplotlib shows it letter by letter: no formula between two `$`, no control characters."""
+    return printable(text).replace("$", r"\$")
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:

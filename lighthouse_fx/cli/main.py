@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lighthouse_fx.report.report import NotRewritten
+from lighthouse_fx.report.text import printable
 
 from . import bench, explain, profile, report, tune, validate
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except (ValueError, TypeError, OSError, ImportError, NotRewritten) as error:  # the input's fault; its words say how
-        print(f"lighthouse: {error}", file=sys.stderr)
+        print(f"lighthouse: {printable(str(error))}", file=sys.stderr)
         return 2
     return status
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from lighthouse_fx.arguments import check_integer, check_number
+
 from .run_file import RunData, read_run
 
 _LONGEST_RECOVERY = 1500  # steps
@@ -37,7 +39,7 @@ class Divergence:
         smooth: differences in a mean; patience: means in a row.
 
     Raises:
-        ValueError: naming the argument, its value and the remedy.
+        TypeError, ValueError: naming the argument, its value and the remedy.
     """
 
     margin: float = 0.1
@@ -47,12 +49,11 @@ class Divergence:
     patience: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("margin", "lighthouse_margin"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} is no margin: give nats above 0, such as {name}=0.1")
+        for name, usual in (("margin", 0.1), ("lighthouse_margin", 2.0)):
+            check_number(name, getattr(self, name), above=0, example=usual)
         for name, least in (("recovery", 0), ("smooth", 1), ("patience", 1)):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} is below {least}: give an integer of at least {least}")
+            if name != "recovery" or self.recovery is not None:
+                check_integer(name, getattr(self, name), least=least)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ def read_reference(path: str | Path) -> Reference:
     else:
         run = read_run(path)
         dense = {s.step: s.loss for s in run.steps if s.stage == "dense" and s.loss is not None}
-        found = Reference(name=path.name, validation=run.validation, training=dense)
+        found = Reference(name=path.name, validation=_finite(run.validation), training=_finite(dense))
     if not found.validation and not found.training:
         raise ValueError(f"path={str(path)!r} has no loss under dense attention: give a dense run, or a CSV of step,loss")
     return found
@@ -174,21 +175,35 @@ class _Comparison:
         return low + (high - low) * (step - left) / (right - left)
 
 
+def _finite(losses: Mapping[int, float]) -> dict[int, float]:
+    return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+
+
 def _from_csv(path: Path) -> Reference:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, skipinitialspace=True))
-    columns = set(rows[0]) if rows else set()
-    if "step" not in columns or not columns & {"loss", "validation_loss", "training_loss"}:
-        raise ValueError(f"path={str(path)!r} has the columns {sorted(map(str, columns))}: give step,loss in its first line")
     curves: dict[str, dict[int, float]] = {"validation_loss": {}, "training_loss": {}}
-    for row in rows:
-        for name in columns & {"loss", *curves}:
-            if not row[name]:
-                continue  # losses that were taken at other steps
-            try:
-                curves.get(name, curves["validation_loss"])[int(row["step"])] = float(row[name])
-            except ValueError:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, skipinitialspace=True)
+        try:
+            columns = set(reader.fieldnames or ())
+            if "step" not in columns or not columns & {"loss", *curves}:
                 raise ValueError(
-                    f"path={str(path)!r} has step={row['step']!r}, {name}={row[name]!r}: give an integer and a number"
-                ) from None
-    return Reference(name=path.name, validation=curves["validation_loss"], training=curves["training_loss"])
+                    f"path={str(path)!r} has the columns {sorted(columns)}: give step,loss in its first line"
+                )
+            for row in reader:
+                for name in columns & {"loss", *curves}:
+                    if row[name]:  # others are losses that were taken at other steps
+                        step, loss = _point(row["step"], name, row[name], f"path={str(path)!r}, line {reader.line_num}")
+                        curves.get(name, curves["validation_loss"])[step] = loss
+        except (csv.Error, UnicodeDecodeError) as error:
+            where = f"path={str(path)!r}, after line {reader.line_num},"
+            raise ValueError(f"{where} is no CSV ({error}): give step,loss in each line") from error
+    return Reference(
+        name=path.name, validation=_finite(curves["validation_loss"]), training=_finite(curves["training_loss"])
+    )
+
+
+def _point(step: str | None, name: str, loss: str, where: str) -> tuple[int, float]:
+    try:
+        return int(step or ""), float(loss)
+    except ValueError:
+        raise ValueError(f"{where} has step={step!r}, {name}={loss!r}: give an integer and a number") from None

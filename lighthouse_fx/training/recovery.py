@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
+
+from lighthouse_fx.arguments import is_integer, is_number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +98,31 @@ class Recovery:
         return {"before": [*self._before], "after": [*self._after], "peak": peak, "recovered": self._recovered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there.
+
+        Raises:
+            TypeError, ValueError: the state is damaged, naming the field.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state['recovery']={state!r} is a {type(state).__name__}: give what state_dict() returned")
+        for name in ("before", "after", "peak", "recovered"):
+            _check_saved(name, state)
         for mine, saved in ((self._before, state["before"]), (self._after, state["after"])):
             mine.clear()
             mine.extend(saved)
         self._peak = -math.inf if state["peak"] is None else state["peak"]
         self._recovered = state["recovered"]
+
+
+def _check_saved(name: str, state: Mapping[str, Any]) -> None:
+    if name not in state:
+        raise ValueError(f"state['recovery'] has no {name!r}: give what state_dict() returned")
+    value = state[name]
+    if name in ("before", "after"):
+        known = isinstance(value, list) and all(is_number(loss) and math.isfinite(loss) for loss in value)
+        wanted = "a list of losses"
+    else:
+        known = value is None or (is_number(value) and math.isfinite(value) if name == "peak" else is_integer(value))
+        wanted = "a loss or None" if name == "peak" else "a step or None"
+    if not known:
+        raise ValueError(f"state['recovery'][{name!r}]={value!r} is damaged: it has to be {wanted}")

@@ -6,19 +6,24 @@
     {"kind": "event", ...}        a switch of stages, a warning, an error, or what the user noted
 
 A run that is killed loses at most the line that it was writing. One that goes on from a checkpoint does some steps again:
-what it writes from there on takes the place of what was there.
+what it writes from there on takes the place of what was there. The types of each line are checked here, once, so that whoever
+shows a run may rely on them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lighthouse_fx.arguments import is_integer, is_number
+
 FORMAT = 1
+_WIDEST = 2**63  # no count is larger
+_LARGEST = 1e100  # no loss and no time is larger, and sums of these do not overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,41 +104,29 @@ def read_run(path: str | Path) -> RunData:
     """Read a log, as far as it was written.
 
     Raises:
-        ValueError: a file that is no log, or one of a newer format.
+        ValueError: a file that is no log, one of a newer format, or a line that RunLog did not write, by its number.
     """
     path = Path(path)
     lines, torn = _objects(path)
-    try:
-        return _as_run(path, lines, torn)
-    except (TypeError, KeyError, AttributeError) as error:  # a line of JSON, and not what RunLog writes
-        raise ValueError(f"path={str(path)!r} holds a line that RunLog did not write ({error}): give a log as it was") from None
-
-
-def _as_run(path: Path, lines: list[dict[str, Any]], torn: int) -> RunData:
-    if not lines or lines[0].get("kind") != "run":
-        raise ValueError(
-            f"path={str(path)!r} is no log of a run: its first line is no header; give a file that RunLog wrote"
-        )
+    if not lines or lines[0][1].get("kind") != "run":
+        raise ValueError(f"path={str(path)!r} is no log of a run: line 1 is no header; give a file that RunLog wrote")
+    for place, line in lines:
+        _check_line(line, f"path={str(path)!r}, line {place}")
     headers: list[Mapping[str, Any]] = []
     steps: dict[int, StepLine] = {}
     validation: dict[int, float] = {}
     events: list[tuple[int, Event]] = []  # each with the session that wrote it
     replaced = 0
-    for line in lines:
+    for _, line in lines:
         match line.pop("kind"):
             case "run":
-                if line.get("format", 0) > FORMAT:
-                    raise ValueError(
-                        f"path={str(path)!r} has format {line['format']}, and this version reads up to {FORMAT}: "
-                        "use a newer lighthouse-fx"
-                    )
                 headers.append(line)
             case "step":
                 step = _step_line(line)
-                again = [number for number in steps if number >= step.step]
+                again = []
+                while steps and (last := next(reversed(steps))) >= step.step:
+                    again.append(steps.pop(last))
                 replaced += len(again)
-                for number in again:
-                    del steps[number]
                 if again:  # the run went back: what came after this step never happened to this model
                     validation = {n: loss for n, loss in validation.items() if n <= step.step}
                     events = [
@@ -143,7 +136,7 @@ def _as_run(path: Path, lines: list[dict[str, Any]], torn: int) -> RunData:
                     ]
                 steps[step.step] = step
             case "validation":
-                validation[int(line["step"])] = float(line["loss"])
+                validation[line["step"]] = float(line["loss"])
             case "event":
                 name, at, text = line.pop("event"), line.pop("step", None), line.pop("text", "")
                 events.append((len(headers), Event(name=name, step=at, text=text, more=line)))
@@ -160,23 +153,25 @@ def _as_run(path: Path, lines: list[dict[str, Any]], torn: int) -> RunData:
 
 def number(value: float | None) -> float | str | None:
     """A number as JSON has it: strict JSON knows neither NaN nor infinity, so they are words, which `float` reads."""
-    return value if value is None or math.isfinite(value) else str(float(value))
+    if value is None or abs(value) < _LARGEST:
+        return value
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
-def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines that are whole, and how many are not."""
-    found: list[dict[str, Any]] = []
+def _objects(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
+    """The lines that are whole, by their numbers from 1, and how many are not."""
+    found: list[tuple[int, dict[str, Any]]] = []
     torn = 0
-    for line in path.read_bytes().split(b"\n"):
+    for place, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError:  # that of a text that is no UTF-8 is one, too
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets without end
             torn += 1
             continue
-        if isinstance(value, dict) and "kind" in value:
-            found.append(value)
+        if isinstance(value, dict) and value.get("kind") in ("run", *_LINES):
+            found.append((place, value))
         else:
             torn += 1
     return found, torn
@@ -187,3 +182,75 @@ def _step_line(line: Mapping[str, Any]) -> StepLine:
     if known.get("loss") is not None:
         known["loss"] = float(known["loss"])
     return StepLine(**known)
+
+
+# --- the types of a line ----------------------------------------------------------------------------------------------
+
+
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and 0 <= value < _WIDEST
+
+
+def _is_loss(value: Any) -> bool:
+    """A number, or a word for one that JSON does not have (`number`)."""
+    return value in ("nan", "inf", "-inf") if isinstance(value, str) else is_number(value) and abs(value) < _LARGEST
+
+
+def _is_time(value: Any) -> bool:
+    return is_number(value) and (value == 0 or 1e-9 <= value < _LARGEST)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+_Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+_COUNT = (_or_none(_is_count), "a count or null")
+_HEADER: _Checks = {
+    "format": (_is_count, "a count"),
+    "card": (_or_none(_is_text), "a text"),
+    "parameters": _COUNT,
+    "flops_counted": (_or_none(_is_text), "a text"),
+}
+_LINES: Mapping[str, _Checks] = {
+    "step": {
+        "step": (_is_count, "a count"),
+        "stage": (lambda value: value in ("lighthouse", "dense"), "'lighthouse' or 'dense'"),
+        "loss": (_or_none(_is_loss), "a number or null"),
+        "tokens": _COUNT,
+        "seconds": (_or_none(_is_time), "seconds or null"),
+        "length": _COUNT,
+        "gathered": _COUNT,
+        **{name: (_is_count, "a count") for name in ("calls", "rewritten", "dense_flops", "saved_flops", "uncounted")},
+        "memory": _COUNT,
+    },
+    "validation": {"step": (_is_count, "a count"), "loss": (_is_loss, "a number")},
+    "event": {"event": (_is_text, "a text"), "step": _COUNT, "text": (_is_text, "a text")},
+}
+_NEEDED = {"run": (), "step": ("step", "stage"), "validation": ("step", "loss"), "event": ("event",)}
+
+
+def _check_line(line: Mapping[str, Any], where: str) -> None:
+    """Each known field has the type that `RunLog` gives it; others are the user's.
+
+    Raises:
+        ValueError: naming the file, the line and the field.
+    """
+    kind = line["kind"]
+    if is_integer(line.get("format")) and line["format"] > FORMAT:
+        raise ValueError(
+            f"{where} has format {line['format']}, and this version reads up to {FORMAT}: use a newer lighthouse-fx"
+        )
+    wrong = [f"no {name}" for name in _NEEDED[kind] if name not in line]
+    wrong += [
+        f"{name}={line[name]!r}, which has to be {wanted}"
+        for name, (fits, wanted) in (_HEADER if kind == "run" else _LINES[kind]).items()
+        if name in line and not fits(line[name])
+    ]
+    if wrong:
+        said = f"holds a line that RunLog did not write ({kind} with {'; '.join(wrong)})"
+        raise ValueError(f"{where} {said}: remove it, or give the log as it was")

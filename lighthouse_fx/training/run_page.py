@@ -8,15 +8,18 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Protocol
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lighthouse_fx.extras import as_label, new_figure
+from lighthouse_fx.report.text import or_dash, printable
+
 from .loss_monitor import Reference
-from .run_file import RunData, StepLine
+from .run_file import Event, RunData, StepLine
 
 COLOURS = {"lighthouse": "#d95f02", "dense": "#1f5fa8"}
 NOT_A_LIKELIHOOD = "a training loss under Lighthouse attention is no language-model likelihood: not to be compared with others"
@@ -54,9 +57,7 @@ def summary(run: RunData) -> RenderableType:
         for column in ("step", "event", "what"):
             happened.add_column(column)
         for event in run.events:
-            alarming = event.name in ("warning", "error")
-            cells = (_or_dash(event.step), event.name, event.text)
-            happened.add_row(*map(Text, cells), style="yellow" if alarming else None)
+            happened.add_row(*map(Text, _cells(event)), style="yellow" if _is_alarming(event) else None)
         parts.append(happened)
     return Group(*parts)
 
@@ -74,8 +75,8 @@ def save_page(run: RunData, path: str | Path, *, reference: Reference | None = N
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"path={str(path)!r}: a page is HTML, give a name that ends in .html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    events = [(_or_dash(event.step), event.name, event.text) for event in run.events]
-    marks = ["warning" if event.name in ("warning", "error") else "" for event in run.events]
+    events = [_cells(event) for event in run.events]
+    marks = ["warning" if _is_alarming(event) else "" for event in run.events]
     sections = [
         f"<h1>{markup.escape(_title(run))}</h1>",
         _html_table(_COLUMNS, _rows(run)),
@@ -106,17 +107,15 @@ def write_scalars(run: RunData, writer: Writer) -> None:
     for at, loss in run.validation.items():
         writer.add_scalar("loss/validation_dense", loss, at)
     for event in run.events:
-        writer.add_text(f"event/{event.name}", event.text, event.step or 0)
+        _, name, text = _cells(event)
+        writer.add_text(f"event/{name}", text, event.step or 0)
 
 
 def curves(run: RunData, reference: Reference | None = None) -> str:
     """Losses by stage, speed and savings by step, as SVG."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the page draws with matplotlib: pip install 'lighthouse-fx[plot]'") from error
-    figure = Figure(figsize=(11, 9), layout="constrained")
+    figure = new_figure(11, 9)
+    from matplotlib import rc_context
+
     loss, speed, saved = figure.subplots(3, 1, sharex=True, height_ratios=(2, 1, 1))
     _draw_losses(loss, run, reference)
     for stage, steps in run.stages.items():
@@ -162,12 +161,13 @@ def _draw_losses(axes: Any, run: RunData, reference: Reference | None) -> None:
         known = [(s.step, s.loss) for s in steps if s.loss is not None]
         label = f"training, {_attention(stage)}" + (" (not a likelihood)" if stage == "lighthouse" else "")
         style = {"color": COLOURS[stage], "linestyle": ":" if stage == "lighthouse" else "-", "linewidth": 1}
-        axes.plot([at for at, _ in known], _trailing([loss for _, loss in known], fmean), label=label, alpha=0.7, **style)
+        axes.plot([at for at, _ in known], _trailing([loss for _, loss in known], _mean), label=label, alpha=0.7, **style)
     if run.validation:
         axes.plot(*_xy(run.validation.items()), "o-", color="#222", markersize=4, label="validation, dense attention")
     if reference is not None:
         curve = reference.validation or reference.training
-        axes.plot(*_xy(curve.items()), "s--", color="#2b8a3e", markersize=4, label=f"dense reference {reference.name}")
+        label = f"dense reference {as_label(reference.name)}"
+        axes.plot(*_xy(curve.items()), "s--", color="#2b8a3e", markersize=4, label=label)
 
 
 # --- words and numbers ------------------------------------------------------------------------------------------------
@@ -176,7 +176,15 @@ def _draw_losses(axes: Any, run: RunData, reference: Reference | None) -> None:
 def _title(run: RunData) -> str:
     header = run.headers[-1]
     size = f", {header['parameters']:,} parameters" if header.get("parameters") else ""
-    return f"{run.path.name}: {len(run.steps):,} steps{size}, {header.get('card', 'unknown card')}"
+    return printable(f"{run.path.name}: {len(run.steps):,} steps{size}, {header.get('card') or 'unknown card'}")
+
+
+def _cells(event: Event) -> tuple[str, str, str]:
+    return or_dash(event.step), printable(event.name), printable(event.text)
+
+
+def _is_alarming(event: Event) -> bool:
+    return event.name in ("warning", "error")
 
 
 def _rows(run: RunData) -> list[tuple[str, ...]]:
@@ -201,9 +209,9 @@ def _row(name: str, steps: Sequence[StepLine], run: RunData) -> tuple[str, ...]:
         _largest(step.length for step in steps),
         _largest(step.gathered for step in steps),
         "-" if whole or not rates else f"{median(rates):,.0f}",
-        "-" if whole or not losses else f"{fmean(losses[-10:]):.3f}" + ("*" if name == "lighthouse" else ""),
+        "-" if whole or not losses else f"{_mean(losses[-10:]):.3f}" + ("*" if name == "lighthouse" else ""),
         f"{held_out[-1]:.3f}" if held_out else "-",
-        f"{spared / unit:.3g} {sign}FLOP, {spared / needed:.1%}" if spared else "-",
+        f"{spared / unit:.3g} {sign}FLOP, {spared / needed:.1%}" if spared and needed else "-",
         "-" if memory is None else f"{memory / 1e9:.2f} GB",
     )
 
@@ -212,8 +220,8 @@ def _notes(run: RunData) -> list[str]:
     notes = ["tokens/s: median; training loss: mean of the last 10 steps; memory: peak so far"]
     if "lighthouse" in run.stages:
         notes.append(f"* {NOT_A_LIKELIHOOD}")
-    if run.headers[-1].get("flops_counted"):
-        notes.append(f"FLOPs: {run.headers[-1]['flops_counted']}")
+    if counted := run.headers[-1].get("flops_counted"):
+        notes.append(f"FLOPs: {printable(counted)}")
     if uncounted := sum(step.uncounted for step in run.steps):
         notes.append(f"{uncounted:,} attention calls had dynamic shapes and are not counted in the FLOPs")
     if len(run.headers) > 1:
@@ -233,6 +241,11 @@ def _trailing(values: Sequence[float], middle: Any) -> list[float]:
     return [middle(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
 
 
+def _mean(values: Sequence[float]) -> float:
+    """NaN where infinities cancel, which `statistics.fmean` raises for."""
+    return sum(values) / len(values)
+
+
 def _xy(points: Iterable[tuple[int, Any]]) -> tuple[list[int], list[Any]]:
     points = list(points)
     return [x for x, _ in points], [y for _, y in points]
@@ -243,11 +256,7 @@ def _unit(largest: float) -> tuple[float, str]:
 
 
 def _largest(values: Iterable[int | None]) -> str:
-    return _or_dash(max((value for value in values if value is not None), default=None))
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else f"{value:,}"
+    return or_dash(max((value for value in values if value is not None), default=None))
 
 
 def _html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], marks: Sequence[str] = ()) -> str:

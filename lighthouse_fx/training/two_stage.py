@@ -9,19 +9,20 @@ as it knows its step. It is switched by `pretraining()` and `dense()`: the compi
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from lighthouse_fx.arguments import check_integer, check_number
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.runtime.stage import dense, pretraining
+from lighthouse_fx.version import __version__
 
 from .recovery import Recovery, StageEvent
+from .saved_config import DEFAULTS_0_1_0, differences, restore_config, save_config
 
 _log = logging.getLogger("lighthouse_fx")
 RECOMMENDED_FRACTION = 0.5
@@ -75,9 +76,9 @@ class TwoStage:
         window: int = 32,
         on_event: Callable[[StageEvent], None] | None = None,
     ) -> None:
-        _check_integer("total_steps", total_steps, least=1)
-        _check_integer("rewarm_steps", rewarm_steps, least=0)
-        _check_integer("window", window, least=1)
+        check_integer("total_steps", total_steps, least=1)
+        check_integer("rewarm_steps", rewarm_steps, least=0)
+        check_integer("window", window, least=1)
         if config is not None and not isinstance(config, LighthouseConfig):
             raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
         self.total_steps = total_steps
@@ -227,17 +228,26 @@ class TwoStage:
         if self._place == "entered":
             raise RuntimeError(self._ambiguous("the state is saved"))
         plan = {name: getattr(self, name) for name in _PLAN}
-        config = None if self.config is None else asdict(self.config)
-        return plan | {"config": config, "step": self._step, "recovery": self._recovery.state_dict()}
+        return plan | {
+            "config": None if self.config is None else save_config(self.config),
+            "defaults": save_config(LighthouseConfig()),  # what a model that was compiled without options rests on
+            "version": __version__,
+            "step": self._step,
+            "recovery": self._recovery.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint. A plan without a config takes that of the state.
+
+        Args:
+            state: what `state_dict()` returned, in this version or an earlier one. A configuration that was saved before a
+                field existed means attention as it was then.
 
         Raises:
-            ValueError: it is of another plan. To change the plan of a run on purpose: `seek(state["step"])`.
+            TypeError, ValueError: the state is damaged (naming the field), or is of another plan, or was saved under other
+                defaults that the run may rest on. To change the plan of a run on purpose: `seek(state["step"])`.
         """
-        if missing := {*_PLAN, "step", "recovery"} - state.keys():
-            raise ValueError(f"state={state!r} has no {sorted(missing)}: give what state_dict() returned")
+        _check_state(state)
         others = {name: state[name] for name in _PLAN if state[name] != getattr(self, name)}
         if others and state["step"] >= state["total_steps"]:
             raise ValueError(
@@ -251,14 +261,11 @@ class TwoStage:
                 f"state has {others}, and this plan {mine}: make TwoStage as the run was begun; to change the plan on "
                 "purpose, schedule.seek(state['step'])"
             )
-        config = state.get("config")
-        if config is not None and self.config is not None and LighthouseConfig(**config) != self.config:
-            raise ValueError(
-                f"state is of a run under {LighthouseConfig(**config)}, and this plan has {self.config}: give the config that "
-                "the run was begun with; to change it on purpose, schedule.seek(state['step'])"
-            )
+        config = self._config_of(state)
+        recovery = self._new_recovery()
+        recovery.load_state_dict(state["recovery"])
         self.seek(state["step"])
-        self._recovery.load_state_dict(state["recovery"])
+        self.config, self._recovery = config, recovery
         if self.finished:
             warnings.warn(
                 f"state is of a finished run: all {self.total_steps} steps are done, so a loop over this schedule has no step, "
@@ -272,7 +279,7 @@ class TwoStage:
 
         For frameworks that restore the number of the step themselves, and for going back to an earlier checkpoint.
         """
-        _check_integer("step", step, least=0)
+        check_integer("step", step, least=0)
         if step > self.total_steps:
             raise ValueError(f"step={step} is beyond total_steps={self.total_steps}: give 0 to {self.total_steps}")
         self._step, self._place = step, "between"
@@ -287,7 +294,7 @@ class TwoStage:
                 "step, schedule.stage(step)"
             )
         step = self._step if step is None else step
-        _check_integer("step", step, least=0)
+        check_integer("step", step, least=0)
         if step >= self.total_steps:
             raise ValueError(
                 f"step={step} is none of this plan's, 0 to {self.total_steps - 1}: the run is over and its model is dense. "
@@ -301,6 +308,32 @@ class TwoStage:
             )
         if step > self._step:
             self._step, self._place = step, "between"
+
+    def _config_of(self, state: dict[str, Any]) -> LighthouseConfig | None:
+        """Stage 1's configuration in a run that goes on from a state."""
+        if state.get("config") is not None:
+            saved = restore_config(state["config"], name="state['config']")
+            if self.config not in (None, saved):
+                raise ValueError(
+                    f"state is of a run under {saved}, and this plan has {self.config}: give the config that the run was begun "
+                    "with; to change it on purpose, schedule.seek(state['step'])"
+                )
+            return saved
+        if self.config is not None:
+            raise ValueError(
+                f"state is of a run under the compiled model's own options, and this plan has config={self.config}: leave it "
+                "out; to change it on purpose, schedule.seek(state['step'])"
+            )
+        # The model's options are not known here. Those that were not given are the defaults, which may have changed.
+        before = restore_config(state.get("defaults", DEFAULTS_0_1_0), name="state['defaults']")
+        changed = differences(before, LighthouseConfig())
+        if changed and state["step"] < self.lighthouse_steps:
+            raise ValueError(
+                "state is of a run under the compiled model's own options in lighthouse-fx "
+                f"{state.get('version', '0.1.0')}, and defaults have changed since: {changed}. To go on as the run was begun, "
+                "compile the model with all its options, or give TwoStage the config, and call schedule.seek(state['step'])"
+            )
+        return None
 
     def _new_recovery(self) -> Recovery:
         return Recovery(switch=self.lighthouse_steps, window=self._window)
@@ -329,14 +362,11 @@ def _lighthouse_steps(total: int, steps: int | None, fraction: float | None) -> 
         raise TypeError(f"lighthouse_steps={steps!r} and fraction={fraction!r}: give one of them, such as fraction=0.5")
     fraction = RECOMMENDED_FRACTION if fraction is None else fraction
     if steps is not None:
-        _check_integer("lighthouse_steps", steps, least=0)
+        check_integer("lighthouse_steps", steps, least=0)
         if steps > total:
             raise ValueError(f"lighthouse_steps={steps} is more than total_steps={total}: give 0 to {total}")
         return steps
-    if not isinstance(fraction, int | float) or isinstance(fraction, bool):
-        raise TypeError(f"fraction={fraction!r} is a {type(fraction).__name__}: give a number from 0 to 1, such as 0.5")
-    if not (math.isfinite(fraction) and 0 <= fraction <= 1):
-        raise ValueError(f"fraction={fraction} is no share: give a number from 0 to 1, such as 0.5")
+    check_number("fraction", fraction, least=0, most=1, example=0.5)
     if fraction > 0 and round(total * fraction) == 0:
         raise ValueError(
             f"fraction={fraction} of total_steps={total} is no whole step: give lighthouse_steps=1, or fraction=0 for a dense "
@@ -345,8 +375,13 @@ def _lighthouse_steps(total: int, steps: int | None, fraction: float | None) -> 
     return round(total * fraction)
 
 
-def _check_integer(name: str, value: Any, *, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give an integer")
-    if value < least:
-        raise ValueError(f"{name}={value}: give {least} or more")
+def _check_state(state: Any) -> None:
+    """A damaged state is an error that names the field, before anything is changed."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state={state!r} is a {type(state).__name__}: give what state_dict() returned")
+    if missing := {*_PLAN, "step", "recovery"} - state.keys():
+        raise ValueError(f"state={state!r} has no {sorted(missing)}: give what state_dict() returned")
+    for name in (*_PLAN, "step"):
+        check_integer(f"state[{name!r}]", state[name], least=0)
+    if state["step"] > state["total_steps"]:
+        raise ValueError(f"state['step']={state['step']} is beyond state['total_steps']={state['total_steps']}: it is damaged")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -408,3 +409,183 @@ def test_a_line_that_is_not_the_logs(lines, tmp_path):
         return
     with pytest.raises(ValueError, match="holds a line that RunLog did not write"):
         read_run(path)
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole_log(tmp_path):
+    """The lines of a log of every kind, as objects."""
+    path = tmp_path / "run.jsonl"
+    with RunLog(path, seed=0, config=CONFIG) as log:
+        for number in range(3):
+            with log.step(number, tokens=8) as step:
+                step.loss = 1.0
+        log.validation(3, 1.5)
+        log.event("note", step=2, text="all is well")
+    return path, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What a damaged field may hold instead.
+VALUES = [
+    None, True, 7, -1, 10**30, 1.5, -0.0, 1e300, 5e-324, math.nan, math.inf, "x", "1", "nan", "\x1b[2J", "\ud800", "$\\frac$",
+    [], [1], {}, {"a": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", [[], ["--out", "run.html"]], ids=["table", "page"])
+def test_a_damaged_field_is_shown_or_named_by_its_line(whole_log, extra, monkeypatch, capsys):
+    if extra:
+        pytest.importorskip("matplotlib")
+    path, lines = whole_log
+    monkeypatch.chdir(path.parent)
+    fields = [(place, name) for place, line in enumerate(lines) for name in line]
+    places = fields if not extra else fields[::3]
+    refused = shown = 0
+    for n, (place, name) in enumerate(places):
+        for value in VALUES[n % 2 :: 2] if not extra else VALUES[n % 9 :: 9]:
+            damaged = [line | ({name: value} if at == place else {}) for at, line in enumerate(lines)]
+            path.write_text("\n".join(map(json.dumps, damaged)) + "\n")
+            status = main(["report", str(path), *extra])  # an exception fails the test
+            out, error = capsys.readouterr()
+            assert not any(ord(c) < 32 and c not in "\n\t" for c in out + error)
+            if status:
+                assert "run.jsonl" in error and f"line {place + 1}" in error, (name, value, error)
+                refused += 1
+            else:
+                shown += 1
+    assert refused > 5 and shown > 5
+
+
+@pytest.mark.parametrize("damage", [b"\x00", b"\xff\xfe", b"[" * 100_000, b"7" * 5000, b'{"kind": "stpe"}', b"{"])
+def test_a_line_that_is_no_line_is_left_out(whole_log, damage, capsys):
+    path, lines = whole_log
+    path.write_bytes(b"\n".join([json.dumps(lines[0]).encode(), damage, *(json.dumps(x).encode() for x in lines[1:])]) + b"\n")
+    assert main(["report", str(path)]) == 0
+    assert "were left out: 1" in capsys.readouterr().out and len(read_run(path).steps) == 3
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b"step,loss\n1,1.0\n,2.0\n", "line 3 has step='', loss='2.0'"),
+        (b"loss,step\n1.0\n", "line 2 has step=None, loss='1.0'"),
+        (b"step,loss\n1,\xff\n", "is no CSV"),
+        (b"step,loss\n1," + b"1" * 200_000 + b"\n", "is no CSV"),
+        (b"", "has the columns"),
+    ],
+)
+def test_damaged_references_name_the_file(text, said, tmp_path):
+    path = tmp_path / "dense.csv"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        read_reference(path)
+    assert "dense.csv" in str(error.value)
+
+
+def test_no_control_character_reaches_the_terminal(whole_log, capsys):
+    path, _ = whole_log
+    with RunLog(path, config=CONFIG) as log:
+        log.event("no\x9bte", text="\x1b]0;title\x07\x1b[2J\x1b[31mred")
+    assert main(["report", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert r"\x1b]0;title\x07\x1b[2J\x1b[31mred" in shown and r"no\x9bte" in shown
+    assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in shown)
+
+
+def test_a_reference_named_as_a_formula_is_drawn_as_it_is(whole_log, tmp_path):
+    pytest.importorskip("matplotlib")
+    reference = tmp_path / "$\\frac$ and \x1b$.csv"
+    reference.write_text("step,loss\n0,1.0\n9,1.0\n")
+    page = run_page.save_page(read_run(whole_log[0]), tmp_path / "run.html", reference=read_reference(reference))
+    assert "dense reference $\\frac$ and \\x1b$.csv" in page.read_text()
+
+
+# --- full disks and several writers -----------------------------------------------------------------------------------
+
+
+def test_every_line_that_was_accepted_can_be_read_after_a_full_disk(tmp_path):
+    """A limit on the size of files stands for the disk: a part of a line is written, and the rest fails."""
+    script = """
+import os, resource, signal, sys
+from lighthouse_fx import RunLog
+log = RunLog(sys.argv[1], seed=0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(sys.argv[1]) + 150, limits[1]))
+for number in range(7):
+    if number == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        log.event("note", step=number, text="x" * 60)
+        print(number)
+    except OSError as error:
+        assert "run.jsonl" in str(error) and "was not written" in str(error), error
+"""
+    path = tmp_path / "run.jsonl"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    accepted = list(map(int, done.stdout.split()))
+    assert accepted and accepted[-3:] == [4, 5, 6] and len(accepted) < 7, "some failed, and it went on when there was room"
+    run = read_run(path)
+    assert [event.step for event in run.events] == accepted and run.torn == 1
+
+
+def test_a_write_of_a_part_is_continued(tmp_path):
+    class Slow:
+        """A file that takes five bytes at a time, as the system may."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:5])
+
+        def close(self):
+            self.file.close()
+
+    log = RunLog(tmp_path / "run.jsonl")
+    log._file = Slow(log._file)
+    log.event("note", text="x" * 60)
+    log.event("note", text="y" * 60)
+    assert [event.text[0] for event in read_run(log.path).events] == ["x", "y"] and read_run(log.path).torn == 0
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = RunLog(path, seed=0)
+    plain(first, 0, 1.0)
+    with pytest.raises(BlockingIOError, match=r"another RunLog is writing.*one rank write.*run.rank1.jsonl"):
+        RunLog(path)
+    script = f"from lighthouse_fx import RunLog\nRunLog({str(path)!r})"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=120)
+    assert "BlockingIOError" in done.stderr and len(read_run(path).headers) == 1
+    first.close()
+    with RunLog(path) as second:
+        plain(second, 1, 1.0)
+    run = read_run(path)
+    assert len(run.headers) == 2 and [step.step for step in run.steps] == [0, 1] and run.replaced == 0
+
+
+@pytest.mark.parametrize(
+    "call", [lambda log: log.step(1.0), lambda log: log.event("x", step="1"), lambda log: log.validation(-1, 1.0)]
+)
+def test_steps_that_could_not_be_read_back_are_not_written(call, tmp_path):
+    log = RunLog(tmp_path / "run.jsonl")
+    with pytest.raises((TypeError, ValueError), match=r"step=.*give an integer of at least 0"):
+        call(log)
+    assert len(log.path.read_text().splitlines()) == 1
+
+
+def test_a_log_holds_the_version_and_says_when_options_change(tmp_path):
+    path = tmp_path / "run.jsonl"
+    RunLog(path, config=CONFIG).close()
+    header = read_run(path).headers[0]
+    assert header["versions"]["lighthouse-fx"] == lighthouse_fx.__version__
+    assert header["config"].keys() == {field.name for field in fields(CONFIG)}
+    with warnings.catch_warnings(action="error"):
+        RunLog(path, config=CONFIG).close()
+    with pytest.warns(RuntimeWarning, match=f"under other options than it was begun with: topk was {CONFIG.topk} and is 4"):
+        RunLog(path, config=replace(CONFIG, topk=4)).close()
+    assert "topk was" in read_run(path).named("warning")[0].text

@@ -5,7 +5,7 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import killed_run
@@ -14,8 +14,10 @@ import torch
 from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, inputs, passes_only, twin
 
 import lighthouse_fx
-from lighthouse_fx import StageEvent, TwoStage
+from lighthouse_fx import LighthouseConfig, StageEvent, TwoStage
 from lighthouse_fx.runtime import stage
+from lighthouse_fx.training import saved_config
+from lighthouse_fx.training.saved_config import DEFAULTS_0_1_0
 
 SCRIPT = Path(killed_run.__file__)
 
@@ -417,3 +419,122 @@ def test_a_checkpoint_under_another_pyramid_is_an_error():
     TwoStage(8).load_state_dict(saved)  # the model's own options, which may be the same
     with pytest.raises(ValueError, match=r"state is of a run under LighthouseConfig\(.*and this plan has.*schedule\.seek"):
         TwoStage(8, config=replace(CONFIG, topk=CONFIG.topk + 4)).load_state_dict(saved)
+
+
+def test_a_plan_without_a_config_takes_that_of_the_state():
+    begun, resumed = TwoStage(8, config=CONFIG), TwoStage(8)
+    resumed.load_state_dict(begun.state_dict())
+    assert resumed.config == CONFIG
+
+
+def test_a_config_given_to_a_run_without_one_is_an_error():
+    with pytest.raises(ValueError, match=r"the compiled model's own options, and this plan has config=.*leave it out"):
+        TwoStage(8, config=CONFIG).load_state_dict(TwoStage(8).state_dict())
+
+
+# --- states of other versions, and damaged ones -----------------------------------------------------------------------
+
+# As 0.1.0 wrote them, letter by letter.
+OF_0_1_0 = {
+    "total_steps": 8,
+    "lighthouse_steps": 4,
+    "rewarm_steps": 0,
+    "config": {
+        "levels": 3, "pooling": 4, "topk": 1536, "quota": None, "keep_first": True, "scorer": "norm", "dilation": 64,
+        "max_kept": 0.75, "kernel": "auto", "max_documents": 256, "dense_layers": (), "assume_causal": False,
+    },
+    "step": 2,
+    "recovery": {"before": [5.0, 4.5], "after": [], "peak": None, "recovered": None},
+}  # fmt: skip
+ADDED = {"causal_selection": False, "local_window": 0}  # fields that are newer, and what attention was before them
+NAMES = [field.name for field in fields(LighthouseConfig)]
+
+
+def published():
+    added = {name: value for name, value in ADDED.items() if name in NAMES}
+    return LighthouseConfig(**OF_0_1_0["config"], **added)
+
+
+def test_every_newer_field_says_what_attention_was_before_it():
+    assert set(NAMES) - set(DEFAULTS_0_1_0) <= set(ADDED), "say in saved_config what a state without the field means"
+    assert DEFAULTS_0_1_0.keys() == OF_0_1_0["config"].keys()
+
+
+def test_a_state_of_0_1_0_resumes_in_the_published_form():
+    schedule = TwoStage(8)
+    schedule.load_state_dict(OF_0_1_0)
+    assert schedule.step == 2 and schedule.config == published()
+    TwoStage(8, config=published()).load_state_dict(OF_0_1_0)
+
+
+def test_a_state_of_0_1_0_under_a_newer_field_is_refused(monkeypatch):
+    """As with the default of a field that says something else than attention did then."""
+    monkeypatch.setattr(saved_config, "_BEFORE", ADDED | {"keep_first": False})
+    older = {name: value for name, value in OF_0_1_0["config"].items() if name != "keep_first"}
+    with pytest.raises(ValueError, match=r"state is of a run under .*keep_first=False.*seek"):
+        TwoStage(8, config=published()).load_state_dict(OF_0_1_0 | {"config": older})
+
+
+def test_a_state_that_rests_on_other_defaults_is_refused_in_stage_1():
+    now = asdict(LighthouseConfig())
+    state = TwoStage(8).state_dict() | {"defaults": now | {"pooling": 8}, "version": "0.0.9"}
+    with pytest.raises(ValueError, match=r"lighthouse-fx 0.0.9, and defaults have changed since: pooling was 8 and is 4.*seek"):
+        TwoStage(8).load_state_dict(state)
+    schedule = TwoStage(8)
+    schedule.load_state_dict(state | {"step": 4})
+    assert schedule.step == 4, "what is left is dense"
+
+
+def test_a_state_of_0_1_0_without_a_config_resumes_only_under_the_defaults_of_then():
+    state = OF_0_1_0 | {"config": None}
+    then = LighthouseConfig(**DEFAULTS_0_1_0, **{name: ADDED[name] for name in ADDED if name in NAMES})
+    schedule = TwoStage(8)
+    if then == LighthouseConfig():
+        schedule.load_state_dict(state)
+        assert schedule.step == 2
+    else:
+        with pytest.raises(ValueError, match=r"lighthouse-fx 0\.1\.0, and defaults have changed since"):
+            schedule.load_state_dict(state)
+        assert schedule.step == 0
+
+
+def test_a_state_holds_the_version_and_every_field():
+    state = TwoStage(8, config=CONFIG).state_dict()
+    assert state["version"] == lighthouse_fx.__version__
+    assert state["config"].keys() == state["defaults"].keys() == set(NAMES)
+    with pytest.raises(ValueError, match=r"state\['config'\] has unheard_of, which this version does not know"):
+        TwoStage(8).load_state_dict(state | {"config": state["config"] | {"unheard_of": 1}})
+
+
+@pytest.mark.parametrize(
+    "path, value, says",
+    [
+        ([], [1], "state="),
+        (["step"], "2", r"state\['step'\]='2' is a str"),
+        (["step"], -1, r"state\['step'\]=-1"),
+        (["step"], 9, r"state\['step'\]=9 is beyond"),
+        (["total_steps"], None, r"state\['total_steps'\]=None"),
+        (["lighthouse_steps"], 1.5, r"state\['lighthouse_steps'\]=1.5"),
+        (["recovery"], None, r"state\['recovery'\]=None"),
+        (["recovery"], {}, r"state\['recovery'\] has no 'before'"),
+        (["recovery", "before"], ["x"], r"state\['recovery'\]\['before'\]=\['x'\] is damaged"),
+        (["recovery", "after"], 3, r"state\['recovery'\]\['after'\]=3"),
+        (["recovery", "peak"], "high", r"state\['recovery'\]\['peak'\]='high'"),
+        (["recovery", "recovered"], 1.5, r"state\['recovery'\]\['recovered'\]=1.5"),
+        (["config"], 7, r"state\['config'\]=7"),
+        (["config", "topk"], "many", r"state\['config'\] is damaged: topk='many'"),
+        (["config"], {"levels": 3}, r"state\['config'\] has no pooling"),
+        (["defaults"], [], r"state\['defaults'\]=\[\]"),
+    ],
+)
+def test_a_damaged_state_is_an_error_that_names_the_field(path, value, says):
+    state = json.loads(json.dumps(TwoStage(8, config=None if path == ["defaults"] else CONFIG).state_dict()))
+    schedule = TwoStage(8)
+    place = state
+    for name in path[:-1]:
+        place = place[name]
+    if path:
+        place[path[-1]] = value
+    with pytest.raises((TypeError, ValueError), match=says):
+        schedule.load_state_dict(state if path else value)
+    assert schedule.step == 0 and schedule.config is None, "nothing of it was taken"
