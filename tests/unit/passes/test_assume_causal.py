@@ -88,7 +88,7 @@ def test_numbers_and_gradients_are_those_of_the_functional_form(name):
 
 @pytest.mark.usefixtures("float64_through_inductor")
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [None, "inside"])
+@pytest.mark.parametrize("checkpointing", [None, pytest.param("inside", marks=pytest.mark.sweep)])
 def test_through_inductor(checkpointing, looks):
     model, x = Masked(3, checkpointing).double(), inputs(dtype=torch.float64)
     run, mask = compiled(model, "lighthouse"), by_arange()

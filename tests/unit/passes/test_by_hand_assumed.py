@@ -68,7 +68,7 @@ def test_a_buffer_as_in_nano_gpt():
 
 
 @pytest.mark.usefixtures("float64_through_inductor")
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_through_inductor():
     model, x = NanoAttention().double(), inputs(dtype=torch.float64)
     run = torch.compile(model, backend="lighthouse", options=OPTIONS, fullgraph=True)

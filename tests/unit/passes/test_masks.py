@@ -4,7 +4,6 @@ import operator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from graphs import H, N, assert_refused, attend, by_arange, heads, only_call, targets, traced
 from small_models import CONFIG
 from torch.utils.checkpoint import checkpoint
@@ -127,7 +126,7 @@ def test_causal_mask_is_proved_and_disappears(name):
     assert call.is_causal is True
     assert len([node for node in gm.graph.nodes if node.op == "placeholder"]) == 1
     left = [t for t in targets(gm) if "lighthouse" not in str(t) and "getitem" not in str(t)]
-    assert left == [F.scaled_dot_product_attention]  # nothing of the mask is left
+    assert left == [torch.ops.aten.scaled_dot_product_attention.default]  # nothing of the mask is left
     assert not [node for node in gm.graph.nodes if node.op == "call_method"]
 
 

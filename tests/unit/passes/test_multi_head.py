@@ -143,7 +143,9 @@ def test_left_dense_it_is_what_it_was(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["causal by its hint", "keys and values of their own"])
+@pytest.mark.parametrize(
+    "name", ["causal by its hint", pytest.param("keys and values of their own", marks=pytest.mark.sweep)]
+)
 def test_through_inductor(name):
     layer, x, causal = layer_of(name)
     assert_same_as_twin(layer.float(), x.float(), causal, "lighthouse", rtol=1e-4, atol=1e-4)
