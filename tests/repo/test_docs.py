@@ -84,9 +84,12 @@ def test_local_links_lead_somewhere():
     assert links and all((ROOT / link).exists() for link in links)
 
 
+def make_targets():
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
 def test_make_targets_exist():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"`make (\w+)`", README + "".join(PAGES.values()))) <= targets
+    assert set(re.findall(r"`make (\w+)`", README + "".join(PAGES.values()))) <= make_targets()
 
 
 def test_picture_of_the_idea_is_drawn_from_the_ops(tmp_path, monkeypatch):
@@ -96,6 +99,30 @@ def test_picture_of_the_idea_is_drawn_from_the_ops(tmp_path, monkeypatch):
     monkeypatch.setattr(idea, "HERE", tmp_path)
     assert len(idea.selection()) == idea.PYRAMID.gathered
     assert idea.main().read_text().count("<path") > 100
+
+
+# --- CONTRIBUTING -----------------------------------------------------------------------------------------------------
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_contributing_names_what_there_is():
+    paths = set(re.findall(r"`((?:\w+/|\.)[\w./-]*)`", CONTRIBUTING)) - {".venv", ".venv/frameworks", ".venv/bin/pre-commit"}
+    inner = {"unit/", "integration/", "gpu/", "repo/", "support/"}
+    missing = {path for path in paths if not (ROOT / ("tests" if path in inner else "") / path).exists()}
+    assert not missing
+    assert set(re.findall(r"make (\w+)", CONTRIBUTING)) - {"installs"} <= make_targets()
+
+
+def test_table_of_rooms_is_the_tree():
+    folders = {path.parent for name in ("lighthouse_fx", "passes", "kernels") for path in (ROOT / name).rglob("*.py")}
+    listed = re.findall(r"^\| `([\w/]+)/` \|", CONTRIBUTING, re.MULTILINE)
+    assert sorted(listed) == sorted([*(str(folder.relative_to(ROOT)) for folder in folders), "tests"])
+
+
+def test_a_compile_is_walked_in_at_most_twelve_files():
+    steps = re.findall(r"^(\d+)\. `([\w/]+\.py)`:", CONTRIBUTING, re.MULTILINE)
+    assert [int(number) for number, _ in steps] == [*range(1, len(steps) + 1)] and len(steps) <= 12
 
 
 # --- pages: links and site --------------------------------------------------------------------------------------------
