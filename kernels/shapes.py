@@ -13,6 +13,11 @@ _DIMENSIONS = ("batch entries", "heads", "tokens", "head dimensions")
 
 def tensor_problem(name: str, x: Tensor) -> str | None:
     """What is wrong with one of query, key and value apart from its shape, with the remedy, or None."""
+    if type(x).__name__ == "DTensor":
+        return (
+            f"{name} is a DTensor, for which Lighthouse's operators have no sharding rules: give each rank its own heads as a "
+            f"plain tensor, such as {name}.to_local()"
+        )
     if x.is_nested:
         return f"{name} is a nested tensor: pad the batch to one length, such as {name}.to_padded_tensor(0.0), or pack it"
     if x.layout != torch.strided:

@@ -8,6 +8,8 @@ such names out of every other file.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -66,6 +68,16 @@ def assert_async(holds: torch.Tensor, message: str) -> None:
     _assert_async(holds, message.encode()[:_LONGEST].decode(errors="ignore"))
 
 
+def fake_mode_of(values: Iterable[object]) -> AbstractContextManager[object]:
+    """The mode of fake tensors among these values, or in the memory of tensor subclasses among them."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return fake_mode_of(getattr(value, name) for name in value.__tensor_flatten__()[0])
+    raise ValueError("none of these values is a fake tensor: give what Dynamo saw at a node")
+
+
 def bounds(size: int | torch.SymInt) -> tuple[int, int]:
     """The least and the greatest value that a size may have, as far as that is known without a guard."""
     if not isinstance(size, torch.SymInt):
@@ -106,7 +118,6 @@ __all__ = [
     "CustomOpDef",
     "DictGetItemSource",
     "DynamoContext",
-    "FakeTensor",
     "FunctionalTensorMode",
     "GetItemSource",
     "GlobalSource",
@@ -129,6 +140,7 @@ __all__ = [
     "cudnn_attention_backward",
     "cudnn_attention_forward",
     "dynamo_config",
+    "fake_mode_of",
     "flash_attention_backward",
     "flash_attention_forward",
     "fused_encoder_layer",

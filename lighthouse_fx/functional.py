@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .kernels import attend
 from .kernels.packed.attention import document_problem, starts_of
@@ -56,6 +57,7 @@ def lighthouse_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
+        NotImplementedError: forward-mode differentiation, as of `scaled_dot_product_attention`.
 
     Source: SPEC.md, "The four stages".
     """
@@ -152,6 +154,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, *, enable_gqa: boo
             )
         if problem := tensor_problem(name, x):
             raise TypeError(problem)
+        if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent, and lighthouse_attention has no derivative in forward mode: use reverse mode, such as "
+                "torch.func.vjp, or scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+            )
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=enable_gqa):
         raise ValueError(problem)
     for what, found in (

@@ -12,13 +12,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from lighthouse_fx.kernels import Pyramid
+from lighthouse_fx.kernels import Pyramid, attend
 from lighthouse_fx.kernels.geometry import half_of
 from lighthouse_fx.kernels.packed.attention import document_problem
 from lighthouse_fx.kernels.shapes import shape_problem, tensor_problem
-from lighthouse_fx.kernels.torch_private import bounds, is_unbacked
+from lighthouse_fx.kernels.torch_private import bounds, is_traceable_wrapper_subclass, is_unbacked
 
 from ..attention_call import (
     CALLS,
@@ -31,6 +31,7 @@ from ..attention_call import (
     TRAINING,
     AttentionCall,
     Layer,
+    Refusal,
     constant,
     fake,
     for_each_call,
@@ -149,7 +150,26 @@ def _supported(call: AttentionCall, inputs: Callable[[], Inputs]) -> AttentionCa
         call = replace(call, enable_gqa=True)
     if problem := shape_problem(query.shape, key.shape, value.shape, enable_gqa=call.enable_gqa):
         return call.refuse(problem)
+    if refusal := _cannot_dispatch(call, query, key, value):
+        return replace(call, refusal=refusal)
     return replace(call, refusal=inputs().cross_attention(call))
+
+
+def _cannot_dispatch(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Refusal | None:
+    """Whether a tensor subclass has no way to run the operators, told by running them on what Dynamo saw."""
+    kinds = {type(x).__name__: None for x in (query, key, value) if is_traceable_wrapper_subclass(x)}
+    if not kinds:
+        return None
+    pyramid = Pyramid(length=query.shape[2], levels=1, pooling=2, topk=1)
+    try:
+        with torch.no_grad():
+            attend(query, key, value, pyramid, is_causal=call.is_causal, enable_gqa=call.enable_gqa)
+    except (NotImplementedError, TypeError) as error:
+        return Refusal(
+            reason=f"its arguments are of {', '.join(kinds)}, which cannot run Lighthouse's operators ({error})",
+            remedy="give plain tensors, or let the subclass's __torch_dispatch__ run operators that it does not know",
+        )
+    return None
 
 
 def _in_documents(

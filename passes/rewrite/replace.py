@@ -18,7 +18,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
 
-from lighthouse_fx.kernels.torch_private import FakeTensor, pytree
+from lighthouse_fx.kernels.torch_private import fake_mode_of, pytree
 
 from ..attention_call import AttentionCall, ScoreMask
 
@@ -45,8 +45,7 @@ def insert(function: Callable[..., Any], *arguments: Any, before: fx.Node, meta:
         return function(*pytree.tree_unflatten([given[x] if isinstance(x, fx.Node) else x for x in leaves], structure))
 
     values = [node.meta["example_value"] for node in nodes]
-    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
-    with torch.no_grad(), fake_mode:
+    with torch.no_grad(), fake_mode_of(values):
         traced = make_fx(on_values, pre_dispatch=True)(*values)
     copies: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     with before.graph.inserting_before(before):

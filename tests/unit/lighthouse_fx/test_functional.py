@@ -9,6 +9,7 @@ import brute_force
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
@@ -288,3 +289,21 @@ def test_small_quota_warns_once(fields, warns):
     assert len(found) == (warns is not None)
     for warning in found:
         assert re.search(warns, str(warning.message)) and warning.filename == __file__
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_is_an_error(name, grad):
+    """The operators have no derivative in forward mode; a tangent that is dropped would count as zero."""
+    place = ("query", "key", "value").index(name)
+    tensors = [torch.randn(1, 2, 64, 8, dtype=torch.float64, requires_grad=grad) for _ in range(3)]
+    direction = torch.randn_like(tensors[place])
+
+    def call(x):
+        given = [x if n == place else y for n, y in enumerate(tensors)]
+        return lighthouse_attention(*given, is_causal=True, config=LighthouseConfig(pooling=2, topk=8))
+
+    with pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
+        torch.func.jvp(call, (tensors[place],), (direction,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=f"{name} has a tangent"):
+        call(forward_ad.make_dual(tensors[place], direction))
