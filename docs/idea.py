@@ -27,7 +27,7 @@ def selection() -> list[tuple[int, int]]:
     """The entries `(level, index)` in order, for random queries and keys."""
     torch.manual_seed(19)
     q, k = torch.randn(2, 1, 1, PYRAMID.length, 8).unbind()
-    entries, _ = select(q, k, k, 3, 4, 2, 0, True, "norm", 64, True, None, REVISION)
+    entries, _ = select(q, k, k, 3, 4, 2, 0, True, True, "norm", 64, True, None, REVISION)  # causal selection
     found = []
     for number in entries.flatten().tolist():
         level = max(level for level in range(PYRAMID.levels) if number >= PYRAMID.offset(level))
@@ -54,7 +54,7 @@ def sequence_panel(ax: Axes, entries: list[tuple[int, int]]) -> list[float]:
         say(ax, -1, y + 0.4, f"means of {p**level}" if level else "tokens", ha="right")
         for i in range(PYRAMID.windows(level)):
             box(ax, i * p**level, y, p**level, 0.8, COLOURS[level] if (level, i) in present else ABSENT)
-    say(ax, 0, 9.45, "1, 2   pool q, k and v into a pyramid; choose windows to expand (colour: an entry, grey: left out)")
+    say(ax, 0, 9.45, "1, 2   pool q, k and v; expand the highest-ranked windows (colour: an entry, grey: not gathered)")
     size = n / len(entries)
     middles = [(slot + 0.5) * size for slot in range(len(entries))]
     for (level, i), middle, slot in zip(entries, middles, range(len(entries)), strict=True):
@@ -63,14 +63,14 @@ def sequence_panel(ax: Axes, entries: list[tuple[int, int]]) -> list[float]:
         ax.add_patch(ConnectionPatch((end, rows[level]), (middle, 4.0), "data", color=COLOURS[level], lw=0.8, alpha=0.6))
     say(ax, -1, 3.6, "entries", ha="right")
     say(ax, -1, 0.9, "output", ha="right")
-    say(ax, 0, 2.65, f"3   gather the {len(entries)} entries in causal order, and run the model's own attention on them alone")
+    say(ax, 0, 2.65, f"3   gather the {len(entries)} entries in causal order and run causal attention on them")
     for token in range(n):
         box(ax, token, 0.5, 1, 0.8, "#9bbf85")
     for (level, i), middle in zip(entries, middles, strict=True):
         start = (i + 1) * p**level - 1
         stop = min(n, start + p**level)
         ax.add_patch(Polygon([(middle, 2.3), (start, 1.32), (stop, 1.32)], color=COLOURS[level], alpha=0.22, lw=0))
-    say(ax, 0, -0.1, f"4   add each entry's output to the tokens from its window's end on: {n} tokens, none sees the future")
+    say(ax, 0, -0.1, f"4   add each entry's output to the tokens from its window's last token on")
     ax.set(xlim=(-9, n + 0.5), ylim=(-0.6, 9.9))
     ax.axis("off")
     return middles
