@@ -40,7 +40,7 @@ try:
     from torch._inductor import list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
     from torch._library.custom_ops import CustomOpDef
-    from torch._logging._internal import trace_structured
+    from torch._logging._internal import trace_log, trace_structured
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensorMode
@@ -155,6 +155,7 @@ __all__ = [
     "sdp_priority_order",
     "set_grad_enabled",
     "set_sdp_priority_order",
+    "trace_log",
     "trace_structured",
     "without_modes",
 ]

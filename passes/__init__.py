@@ -21,6 +21,7 @@ from .match.flex import find_flex
 from .match.mha import find_multi_head
 from .match.sdpa import find_attention
 from .match.unfused import find_by_hand
+from .pass_log import PassLog
 from .rewrite.cleanup import remove_leftovers
 from .rewrite.equal_heads import undo_equal_heads
 from .rewrite.lighthouse import rewrite_attention
@@ -46,8 +47,9 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
 
 def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: LighthouseConfig) -> fx.GraphModule:
     """Run the pipeline. Afterwards `gm.meta[CALLS]` says what became of each attention call."""
+    log = PassLog(gm)
     for step in PIPELINE:
-        gm = step(gm, example_inputs, config=config)
+        gm = log.run(step, gm, example_inputs, config=config)
     return gm
 
 

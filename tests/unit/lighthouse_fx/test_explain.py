@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +16,7 @@ from small_models import CONFIG, FIELDS, Block, Model, inputs, passes_only
 from torch import nn
 
 import lighthouse_fx
+from lighthouse_fx.passes import pass_log
 
 
 @pytest.fixture
@@ -353,3 +355,15 @@ def test_logs_artifacts_and_reports_with_a_warm_cache(tmp_path):
         text = "".join(path.read_text() for path in trace.iterdir())
         assert "lighthouse_before_passes" in text and "lighthouse_after_passes" in text
         assert "lighthouse_fx.scatter" in text
+        passes = ["lighthouse_pass_00_before", "lighthouse_pass_12_rewrite_attention"]  # the others change no operation here
+        assert re.findall(r'"name": "(lighthouse_pass_\w+)"', text) == passes
+        (line,) = re.findall(r"rewrite_attention: (.*)", done.stderr)
+        assert "+3 lighthouse_fx.gather.default" in line and "1 attention calls, 1 not refused" in line
+        assert "find_attention: no operation changed; 1 attention calls" in done.stderr
+        assert done.stderr.count("def forward") == 2 and "graph after rewrite_attention" in done.stderr
+
+
+def test_passes_are_not_watched_where_nobody_looks(monkeypatch):
+    monkeypatch.setattr(pass_log, "trace_log", logging.Logger("quiet"))  # pytest itself listens to PyTorch's
+    monkeypatch.setattr(pass_log, "_count", None)  # counting would fail
+    assert "1 of 1" in lighthouse_fx.explain(Model(1), inputs(), config=CONFIG).graphs[0].summary()
