@@ -50,8 +50,12 @@ try:
     from torch.utils._python_dispatch import _disable_current_modes as without_modes
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+    cpu_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    cpu_attention_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     cudnn_attention_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
     cudnn_attention_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    efficient_attention_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    efficient_attention_forward = torch.ops.aten._scaled_dot_product_efficient_attention
     flash_attention_backward = torch.ops.aten._flash_attention_backward
     flash_attention_forward = torch.ops.aten._flash_attention_forward
 except (ImportError, AttributeError) as error:
@@ -137,9 +141,13 @@ __all__ = [
     "assert_async",
     "bounds",
     "compile_fx",
+    "cpu_attention_backward",
+    "cpu_attention_forward",
     "cudnn_attention_backward",
     "cudnn_attention_forward",
     "dynamo_config",
+    "efficient_attention_backward",
+    "efficient_attention_forward",
     "fake_mode_of",
     "flash_attention_backward",
     "flash_attention_forward",

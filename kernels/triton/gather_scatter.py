@@ -2,7 +2,7 @@
 
 `collect`: each entry reads the tokens of its window (gather; the gradient of scatter). `spread`: each token reads the at
 most L entries that concern it, through the inverse map `slots` (scatter; the gradient of gather). The twins are the four
-functions at the end of `reference/__init__.py`. Addresses are 64-bit.
+functions `gather`, `gather_backward`, `scatter`, `scatter_backward` of `reference`. Addresses are 64-bit.
 """
 
 from __future__ import annotations

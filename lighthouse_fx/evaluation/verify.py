@@ -6,7 +6,7 @@
 
 The two share the ops but not the rewrite (`functional_calls.py` says what they do share, and how that is held to the model).
 The selection that the rewritten graph made is compared with that of the functional side. The ops themselves are compared with
-their plain twins in `kernels/reference/__init__.py`.
+their plain twins in `kernels/reference`.
 """
 
 from __future__ import annotations
