@@ -56,7 +56,7 @@ class Pyramid:
 
     Args:
         length: tokens in the sequence, `N`; an `int` or a `torch.SymInt`.
-        levels: pyramid levels `L >= 1`; level 0 is the tokens.
+        levels: pyramid levels `L`; level 0 is the tokens. 0: no pyramid, beside a local branch.
         pooling: pooling factor `p >= 2` between levels.
         topk: windows expanded per level over the whole sequence, `k >= 1`.
         quota: windows expanded per tile and level, `m`; a divisor of `topk`, or None for `default_quota(topk)`.
@@ -75,7 +75,7 @@ class Pyramid:
     @property
     def widest(self) -> int:
         """Tokens in one coarsest window, `p^(L-1)`."""
-        return int(self.pooling ** (self.levels - 1))
+        return int(self.pooling ** max(0, self.levels - 1))
 
     @property
     def coarse(self) -> int:
@@ -118,6 +118,8 @@ class Pyramid:
     @property
     def gathered(self) -> int:
         """Entries in the gathered sub-sequence, `S`, the same for every head."""
+        if self.levels == 0:
+            return 0
         tail = self.length % self.widest
         if self._fills_quotas:  # and nothing is divided by a number of tiles that may be symbolic
             return self.coarse + tail + (self.levels - 1) * self.pooling * self.topk
@@ -136,6 +138,8 @@ class Pyramid:
 
     def gathered_below(self, length: float) -> float:
         """More than are gathered of that length, whatever it is: linear in the length."""
+        if self.levels == 0:
+            return 0.0
         expanded = length / 2 if isinstance(self.topk, torch.SymInt) else (self.levels - 1) * self.pooling * self.topk
         return length / self.widest + self.widest + expanded
 

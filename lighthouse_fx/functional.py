@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .kernels import attend
+from .kernels import Pyramid, attend
 from .kernels.packed.attention import document_problem, starts_of
 from .kernels.packed.plan import summary
 from .kernels.shapes import shape_problem, tensor_problem
@@ -53,7 +53,8 @@ def lighthouse_attention(
             concern the compiler only: a call of this function is always Lighthouse, whatever the stage.
 
     Returns:
-        `[B, H, N, Dv]`. A sequence shorter than one coarsest window (`p^(L-1)` tokens) is plain dense attention.
+        `[B, H, N, Dv]`. A sequence shorter than one coarsest window (`p^(L-1)` tokens), or no longer than `local_window`, is
+        plain dense attention.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy.
@@ -70,11 +71,17 @@ def lighthouse_attention(
     _check_scored("score_query", score_query, query, config)
     _check_scored("score_key", score_key, key, config)
     pyramid = pyramid_over(query.shape[2], config)
-    if pyramid.coarse == 0 and starts is None:
-        _log.debug("dense: %d tokens are fewer than one coarsest window of %d", query.shape[2], pyramid.widest)
+    is_dense = pyramid.coarse == 0 or query.shape[2] <= config.local_window
+    if is_dense and starts is None:
+        _log.debug(
+            "dense: %d tokens are fewer than one coarsest window of %d, or no more than local_window=%d",
+            query.shape[2], pyramid.widest, config.local_window,
+        )  # fmt: skip
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa, dropout_p=dropout_p
         )
+    if is_dense:  # inside documents: all tokens are entries
+        pyramid = Pyramid(length=query.shape[2], levels=1, pooling=2, topk=1)
     return attend(
         query,
         key,
@@ -92,6 +99,7 @@ def lighthouse_attention(
         known=known,
         score_q=score_query,
         score_k=score_key,
+        local_window=0 if is_dense else config.local_window,
     )
 
 

@@ -23,7 +23,7 @@ class LighthouseConfig:
     """What is computed in place of dense attention, and where.
 
     Args:
-        levels: pyramid levels `L >= 1`; level 0 is the tokens, so `levels=1` is dense attention.
+        levels: pyramid levels `L`; level 0 is the tokens, so `levels=1` is dense attention. 0: the local branch alone.
         pooling: pooling factor `p >= 2` between levels.
         topk: windows expanded per level over the whole sequence, `k >= 1`; None: it follows the length, so that half of the
             sequence is expanded, `k = N / (2 p (L - 1))`, rounded down to whole tiles: half at multiples of 1,024 tokens with
@@ -34,6 +34,8 @@ class LighthouseConfig:
         causal_selection: in causal attention rank each window by the scores of the window before it, so that no token is told
             of later ones by what is selected; False: by its own, the published form, for comparison. Quotas below 64 still
             tell, as windows compete for them, and warn.
+        local_window: each token also attends, with its own query, to itself and the tokens before it, so many together (in
+            bidirectional attention as many on either side); merged with what entries give by log-sum-exp. 0: no local branch.
         scorer: "norm" (norms of q and k, or of what they were before a norm, with QK-norm), "dilated" (norms of two strided
             attention passes) or "gla" (of two passes of linear attention; on a GPU by fla-core, the extra `gla`).
         dilation: strided sub-sequences of the "dilated" scorer.
@@ -62,6 +64,7 @@ class LighthouseConfig:
     quota: int | None = None
     keep_first: bool = True
     causal_selection: bool = True
+    local_window: int = 0
     scorer: str = "norm"
     dilation: int = 64
     max_kept: float = 0.8  # what the defaults gather, three quarters and the tail, is just below
@@ -73,11 +76,16 @@ class LighthouseConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", _as_tuple(self.dense_layers))
         check_fields({field.name: getattr(self, field.name) for field in fields(self)})
+        if self.levels == 0 and self.local_window == 0:
+            raise ValueError(
+                "levels=0 and local_window=0 leave nothing to attend to: give levels, such as levels=2, or a window, such "
+                "as local_window=512"
+            )
         if self.quota is not None and self.topk is not None and self.topk % self.quota:
             raise ValueError(
                 f"quota={self.quota} does not divide topk={self.topk}: give a divisor of topk, or None to have one chosen"
             )
-        if self.pooling ** (self.levels - 1) >= _WIDEST_WINDOW:
+        if self.pooling ** max(0, self.levels - 1) >= _WIDEST_WINDOW:
             raise ValueError(
                 f"levels={self.levels} with pooling={self.pooling} makes coarsest windows of {self.pooling}^"
                 f"{self.levels - 1} tokens, more than any sequence has: use fewer levels, such as levels=3"
@@ -108,8 +116,23 @@ class LighthouseConfig:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         check_fields(fields)
-        published = {"levels": 3, "pooling": 4, "topk": 1536, "causal_selection": False, "max_kept": 0.75}
+        published = {"levels": 3, "pooling": 4, "topk": 1536, "causal_selection": False, "local_window": 0, "max_kept": 0.75}
         return cls(**published | fields)
+
+    @classmethod
+    def sliding_window(cls, window: int, **fields: Any) -> LighthouseConfig:
+        """A sliding window alone, without a pyramid: each token attends to itself and the `window - 1` tokens before it.
+
+        What a user would take instead, to compare with.
+
+        Args:
+            fields: any others.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and the remedy.
+        """
+        check_fields(fields)
+        return cls(**{"levels": 0, "local_window": window} | fields)
 
 
 @cache
@@ -195,7 +218,8 @@ def _layers(name: str, value: Any) -> None:
 
 
 _CHECKS = {
-    "levels": _integer_from(1, "levels=3"),
+    "levels": _integer_from(0, "levels=3"),
+    "local_window": _integer_from(0, "local_window=512, or 0 for none"),
     "pooling": _integer_from(2, "pooling=4"),
     "topk": _optional(_integer_from(1, "topk=1536, or None to have it follow the length")),
     "quota": _optional(_integer_from(1, "quota=128, or None to have it chosen")),

@@ -1,7 +1,7 @@
 """The local branch: attention inside a window, attention with its log-sum-exp, and the merge of what a token is given.
 
-`local_attention` and `attention_and_lse` are composite ops, nodes of a rewritten graph that AOTAutograd sees through: to a stock
-kernel's op (`stock.py`) or to plain PyTorch (`reference/local.py`). `merge` is an op like scatter, with its gradient.
+`local_attention` and `attention_and_lse` are composite ops, nodes of a rewritten graph that AOTAutograd sees through, to the op
+of a stock kernel (`stock.py`) or to plain PyTorch (`reference/local.py`). `merge` is an op like scatter, with its gradient.
 Source: SPEC.md, "The local branch".
 """
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Pyramid
+from ..packed.attention import document_problem, in_sequences, segments_of
 from ..packed.varlen import WIDEST, bounds_of
 from ..reference import local as plain
 from ..revision import REVISION
@@ -32,7 +33,8 @@ _library.define(
 )
 _library.define(
     "attention_and_lse(Tensor query, Tensor key, Tensor value, float dropout_p, bool is_causal, float? scale, "
-    "bool enable_gqa, str kernel) -> (Tensor, Tensor)"
+    "bool enable_gqa, str kernel, Tensor? entries=None, Tensor? starts=None, int levels=0, int pooling=0, int most=0) -> "
+    "(Tensor, Tensor)"
 )
 
 
@@ -78,9 +80,32 @@ def _attention_and_lse(
     scale: float | None,
     enable_gqa: bool,
     kernel: str,
+    entries: Tensor | None = None,
+    starts: Tensor | None = None,
+    levels: int = 0,
+    pooling: int = 0,
+    most: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """`lighthouse_fx::attention`, and the log-sum-exp of the scaled scores before dropout."""
+    """`lighthouse_fx::attention`, and the log-sum-exp of the scaled scores before dropout.
+
+    Args:
+        entries: int32 `[B, G, S]`, the windows that the rows stand for, and starts: int32 `[B, N]`, where each token's document
+            begins, at most `most` in a row: attention stays inside. None: it does not.
+    """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if entries is not None and starts is not None:
+        if (problem := document_problem(query, value, kernel)) is not None:
+            raise ValueError(problem)
+        segments = segments_of(entries, starts, Pyramid(length=starts.shape[-1], levels=levels, pooling=pooling, topk=1))
+        if not in_sequences(query.device):
+            return plain.attention_and_lse(
+                query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout_p, segments=segments
+            )
+        batch, groups, gathered = segments.shape
+        apart = [x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (query, key, value)]  # [B * G, R or 1, S, D]
+        bounds = bounds_of(segments, batch * groups * (most + 1), most)
+        out, lse = _stock(*apart, bounds, gathered, 0, dropout_p, is_causal, scale, "flash")
+        return out.unflatten(0, (batch, groups)).flatten(1, 2), lse.unflatten(0, (batch, groups)).flatten(1, 2)
     chosen = _chosen(query, value, dropout_p, kernel)
     if chosen is None:
         return plain.attention_and_lse(query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout_p)

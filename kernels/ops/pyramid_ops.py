@@ -26,6 +26,7 @@ from ..revision import REVISION
 from ..sdpa import attention, has_choice, require_package
 from .dispatch import kernels_for
 from .inlined import kernel_op
+from .local_branch import attention_and_lse, local_attention, merge
 
 
 def _pyramid(length: int, levels: int, pooling: int, *, causal_selection: bool = False) -> Pyramid:
@@ -276,8 +277,11 @@ def attend(
     score_q: Tensor | None = None,
     score_k: Tensor | None = None,
     checks: Sequence[Tensor] = (),
+    local_window: int = 0,
 ) -> Tensor:
     """Lighthouse attention: select, gather, attend, scatter. The compiler pass traces this function into a graph.
+
+    With a local window also attention inside it, and in place of scatter the merge of both; without levels that alone.
 
     Args:
         q: `[B, H, N, D]`; k: `[B, G, N, D]`; v: `[B, G, N, Dv]`; `pyramid.length` must be `N`.
@@ -285,12 +289,20 @@ def attend(
         known: what is known of the documents on the CPU, see `known_documents.plan`.
         score_q: `[B, H, N, *]`, what the scorer reads in place of q; score_k: `[B, G, N, *]`.
         checks: int32 zeros, `[]`, of operations that raise where an assumption fails; the result depends on them.
+        local_window: tokens that each token attends to itself, see `local_branch.py`; 0: none.
 
     Returns:
         `[B, H, N, Dv]` in q's dtype.
     """
     require_package(kernel)
     length, levels, pooling = pyramid.length, pyramid.levels, pyramid.pooling
+    if levels == 0:
+        for zero in checks:
+            q = q + zero
+        alone: Tensor = local_attention(
+            q, k, v, local_window, dropout_p, is_causal, scale, enable_gqa, starts, max_documents
+        )[0]
+        return alone
     entries, slots = select(
         q if score_q is None else score_q,
         k if score_k is None else score_k,
@@ -310,7 +322,19 @@ def attend(
     )
     for zero in checks:
         entries = entries + zero
+    local = None
+    if local_window:
+        local = local_attention(q, k, v, local_window, dropout_p, is_causal, scale, enable_gqa, starts, max_documents)
     q, k, v = (gather(x, entries, slots, levels, pooling, REVISION) for x in (q, k, v))
+    if local is not None:
+        rows = (None, None) if starts is None else (entries, starts)
+        out, lse = attention_and_lse(
+            q, k, v, dropout_p, is_causal, scale, enable_gqa, kernel, *rows, levels, pooling, max_documents
+        )
+        merged: Tensor = merge(
+            out, lse, *local, entries, slots, levels, pooling, is_causal, REVISION, starts, pyramid.causal_selection
+        )[0]
+        return merged
     if starts is not None:
         out = documents.attention_in_documents(
             q, k, v, entries, starts, levels, pooling, pyramid.topk, pyramid.quota or 0, dropout_p, scale, enable_gqa,

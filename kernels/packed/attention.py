@@ -71,7 +71,7 @@ def crowded_out(starts: Tensor, pyramid: Pyramid) -> Tensor:
 
 def arrange(entries: Tensor, slots: Tensor, starts: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
     """Put the longest document of a selection first, its divided windows last and out of `slots`. Shapes as `select`'s."""
-    segments = _segments(entries, starts, pyramid)
+    segments = segments_of(entries, starts, pyramid)
     first, last = segments == first_of_longest(starts)[:, None, None], segments == pyramid.length
     before, behind = (x.cumsum(-1, dtype=torch.int32) for x in (first, last))
     place = torch.arange(entries.shape[2], dtype=torch.int32, device=entries.device) - before - behind + before[..., -1:]
@@ -81,7 +81,7 @@ def arrange(entries: Tensor, slots: Tensor, starts: Tensor, pyramid: Pyramid) ->
     return moved, torch.where(slots >= 0, kept_place.gather(-1, slots.clamp(min=0).long()), -1)
 
 
-def _segments(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
+def segments_of(entries: Tensor, starts: Tensor, pyramid: Pyramid) -> Tensor:
     """Where the document of each entry begins, N for a divided window: int32 `[B, G, S]`."""
     begin = last = entries
     for level in range(1, pyramid.levels):
@@ -234,7 +234,7 @@ def _attention(
     if (problem := document_problem(query, value, kernel)) is not None:
         raise ValueError(problem)
     pyramid = Pyramid(length=starts.shape[-1], levels=levels, pooling=pooling, topk=1)
-    segments = _segments(entries, starts, pyramid)
+    segments = segments_of(entries, starts, pyramid)
     if not in_sequences(query.device):
         mask = (segments[..., :, None] == segments[..., None, :]).tril()  # [B, G, S, S]
         mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)

@@ -16,12 +16,19 @@ _LEAST_BLOCK = 32  # queries of a block: narrower windows would make many small 
 
 
 def attention_and_lse(
-    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float, dropout_p: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Attention over all rows: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`, `[B, H, S]`."""
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, scale: float, dropout_p: float = 0.0,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over all rows: `[B, H, S, D]`, `[B, G, S, D]`, `[B, G, S, Dv]` -> `[B, H, S, Dv]`, `[B, H, S]`.
+
+    Args:
+        segments: `[B, G, S]`, rows attend to those of their own number only.
+    """
     groups, rows = key.shape[1], query.shape[2]
     place = torch.arange(rows, device=query.device)
     shown = (place[:, None] >= place) if is_causal else torch.ones((), dtype=torch.bool, device=query.device)
+    if segments is not None:
+        shown = (shown & (segments[..., :, None] == segments[..., None, :]))[:, :, None]  # [B, G, 1, S, S]
     out, lse = _attend(query.unflatten(1, (groups, -1)), key[:, :, None], value[:, :, None], shown, scale, dropout_p)
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 

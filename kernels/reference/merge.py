@@ -61,7 +61,7 @@ def merge_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `out`, `lse`, `local_out` and `local_lse`.
 
-    With `w = exp(lse_c - LSE)`, over the tokens that c concerns: `dout_c = sum w grad`, `dlse_c = sum w grad . (out_c - merged)`.
+    With `w = exp(lse_c - LSE)`, over the tokens of c: `dout_c = sum w grad`, `dlse_c = sum w grad . (out_c - merged)`.
     """
     wide, mean = widen(grad), widen(merged)
     weight = (local_lse - total).exp()[..., None]  # [B, H, N, 1]

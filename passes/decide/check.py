@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from lighthouse_fx.kernels import Pyramid, attend
 from lighthouse_fx.kernels.geometry import half_of
+from lighthouse_fx.kernels.ops.local_branch import lse_problem
 from lighthouse_fx.kernels.packed.attention import document_problem
 from lighthouse_fx.kernels.shapes import shape_problem, tensor_problem
 from lighthouse_fx.kernels.torch_private import bounds, is_traceable_wrapper_subclass, is_unbacked
@@ -266,6 +267,14 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
     length, gathered = pyramid.length, pyramid.gathered
     call = replace(call, gathered=gathered)
     # With dynamic shapes these comparisons become guards: crossing the boundary compiles once more.
+    if config.local_window and length <= config.local_window:
+        return call.refuse(
+            f"{constant(length)} tokens are no more than local_window={config.local_window}, so dense attention is what the "
+            "local branch would be",
+            "use a smaller local_window",
+        )
+    if config.local_window and (problem := lse_problem(config.kernel)) is not None:
+        return call.refuse(problem, "use kernel='auto', or local_window=0")
     if length < pyramid.widest:
         return call.refuse(
             f"{constant(length)} tokens are fewer than one coarsest window of {pyramid.widest}",

@@ -154,6 +154,7 @@ def _attend(
         scorer=call.scorer, dilation=config.dilation, is_causal=call.is_causal, scale=scale, enable_gqa=call.enable_gqa,
         dropout_p=dropout_p, kernel=resolved(q.device, config.kernel), starts=starts, known=known,
         max_documents=_most_documents(call, config), score_q=scored[0], score_k=scored[1], checks=checks,
+        local_window=config.local_window,
     )  # fmt: skip
     return lay_out(out, call.steps, projection)
 
