@@ -70,7 +70,7 @@ def sequence_panel(ax: Axes, entries: list[tuple[int, int]]) -> list[float]:
         start = (i + 1) * p**level - 1
         stop = min(n, start + p**level)
         ax.add_patch(Polygon([(middle, 2.3), (start, 1.32), (stop, 1.32)], color=COLOURS[level], alpha=0.22, lw=0))
-    say(ax, 0, -0.1, f"4   add each entry's output to the tokens from its window's last token on")
+    say(ax, 0, -0.1, "4   add each entry's output to the tokens from its window's last token on")
     ax.set(xlim=(-9, n + 0.5), ylim=(-0.6, 9.9))
     ax.axis("off")
     return middles

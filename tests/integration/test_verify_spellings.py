@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus import SPELLINGS
 from flash_stand_in import stand_in
 from graphs import damage
 from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, causal, inputs, what_failed
@@ -74,6 +75,22 @@ def test_dropout_says_what_was_not_compared():
     assert REPLACED not in {check.what for check in found.checks}
     assert found.notes == ("layers.0.attn: the attention it replaces was not compared, as dropout makes it random",)
     assert "note: layers.0.attn" in str(found)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.name)
+def test_every_spelling_of_the_corpus(spelling):
+    found = verify(Mixed(Model(1, lambda q, k, v: spelling.attend(*repeated(q, k, v))), Model(1)), inputs(), config=CONFIG)
+    assert found.passed, str(found)
+    assert [call.rewritten for call in found.calls] == [spelling.outcome != "dense", True]
+    assert spelling.outcome == "dense" or found.calls[0].is_causal is (spelling.outcome == "causal")
+
+
+def test_a_mask_of_another_dtype_than_the_queries():
+    """Its own dtype stays float32 in verify's run in float64, where PyTorch's fused kernel on a CPU reads it wrongly."""
+    (additive,) = (spelling for spelling in SPELLINGS if spelling.name == "mask: additive")
+    found = verify(Model(1, lambda q, k, v: additive.attend(*repeated(q, k, v))), inputs(), config=CONFIG)
+    assert found.passed, str(found)
 
 
 class Mixed(nn.Module):

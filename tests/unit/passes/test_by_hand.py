@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus import NEVER, SCALE, UNFUSED, bias, hidden, qkv, scores, seen
 from graphs import B, D, G, H, N, only_call, traced, with_gradients
 from small_models import CONFIG, FIELDS, Model, assert_same_gradients, functional, inputs, passes_only, twin
 from torch import nn
-from unfused_parts import SCALE, hidden, qkv, scores, seen
 
 import lighthouse_fx
 from lighthouse_fx.passes import CALLS, run_passes
@@ -16,85 +16,6 @@ from lighthouse_fx.passes.attention_call import fake
 from lighthouse_fx.passes.match.sdpa import is_attention
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
-NEVER = float("-inf")
-
-
-def bias(dtype=torch.float64, low=NEVER):
-    return torch.full((N, N), low, dtype=dtype).triu(1)
-
-
-def in_three_dimensions(q, k, v, scores=lambda q, k: torch.bmm(q, k.transpose(1, 2)) * SCALE):
-    q, k, v = (x.reshape(B * H, N, D) for x in (q, k, v))
-    weights = scores(q, k).masked_fill(hidden(), NEVER).softmax(-1)
-    return torch.bmm(weights, v).view(B, H, N, D)
-
-
-def masked_in_four_dimensions(q, k, v):
-    q, k, v = (x.reshape(B * H, N, D) for x in (q, k, v))
-    wide = torch.bmm(q * SCALE, k.mT).view(B, H, N, N) + bias()
-    return torch.bmm(F.softmax(wide.view(B * H, N, N), dim=-1), v).view(B, H, N, D)
-
-
-def added_by_baddbmm(q, k, v):
-    q, k, v = (x.reshape(B * H, N, D) for x in (q, k, v))
-    weights = torch.baddbmm(bias()[None].expand(B * H, N, N), q, k.transpose(1, 2), beta=1, alpha=SCALE).softmax(-1)
-    return weights.bmm(v).view(B, H, N, D)
-
-
-def in_place(q, k, v):
-    weights = scores(q, k)
-    weights *= SCALE
-    weights = weights.masked_fill_(hidden(), NEVER)
-    return weights.softmax(-1) @ v
-
-
-def tokens_first(q, k, v):
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, N, H, D]
-    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) * SCALE + bias()).softmax(dim=-1)
-    return torch.einsum("bhnm, bmhd -> bnhd", weights, v).transpose(1, 2)
-
-
-CAUSAL = {
-    "masked_fill": lambda q, k, v: (scores(q, k) * SCALE).masked_fill(hidden(), NEVER).softmax(-1) @ v,
-    "equal to zero": lambda q, k, v: (SCALE * scores(q, k)).masked_fill(torch.ones(N, N).tril() == 0, NEVER).softmax(-1) @ v,
-    "lowest": lambda q, k, v: (
-        (scores(q, k) / (1 / SCALE)).masked_fill(mask=hidden(), value=torch.finfo(q.dtype).min).softmax(-1) @ v
-    ),
-    "where": lambda q, k, v: torch.where(seen(), scores(q, k) * SCALE, NEVER).softmax(-1) @ v,
-    "where, the other way": lambda q, k, v: torch.where(hidden(), NEVER, scores(q, k) * SCALE).softmax(-1) @ v,
-    "Tensor.where": lambda q, k, v: (scores(q, k) * SCALE).where(seen(), torch.finfo(q.dtype).min).softmax(-1) @ v,
-    "where, a tensor": lambda q, k, v: (
-        torch.where(seen(), scores(q, k) * SCALE, torch.full((), NEVER, dtype=q.dtype)).softmax(-1) @ v
-    ),
-    "added": lambda q, k, v: F.softmax(scores(q, k) * SCALE + bias(), dim=-1) @ v,
-    "added, with heads": lambda q, k, v: F.softmax(bias()[None, None] + scores(q, k) * SCALE, dim=3) @ v,
-    "matmul and permute": lambda q, k, v: torch.matmul(
-        torch.softmax(torch.matmul(q, k.permute(0, 1, 3, 2)) * SCALE + bias(), dim=-1), v
-    ),
-    "scaled query": lambda q, k, v: torch.softmax((q * SCALE) @ k.mT + bias(), -1) @ v,
-    "scaled key": lambda q, k, v: torch.softmax(q @ (k / (1 / SCALE)).transpose(2, 3) + bias(), -1) @ v,
-    "scaled twice": lambda q, k, v: torch.softmax((q * 0.6) @ k.mT / 2 + bias(), -1) @ v,
-    "einsum": lambda q, k, v: torch.einsum(
-        "bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * SCALE + bias()).softmax(-1), v
-    ),
-    "einsum, key first": lambda q, k, v: (torch.einsum("bhjd,bhid->bhij", k, q) * SCALE + bias()).softmax(-1) @ v,
-    "einsum, tokens first": tokens_first,
-    "einsum, any order": lambda q, k, v: torch.einsum(
-        "bhij,hbjd->bhid",
-        (torch.einsum("bhjd,bhid->bhij", k, q) * SCALE).masked_fill(hidden(), NEVER).softmax(-1),
-        v.transpose(0, 1),
-    ),
-    "bmm": in_three_dimensions,
-    "bmm, masked in four dimensions": masked_in_four_dimensions,
-    "baddbmm": added_by_baddbmm,
-    "baddbmm that adds nothing": lambda q, k, v: in_three_dimensions(
-        q, k, v, lambda q, k: torch.baddbmm(torch.empty(1, 1, 1, dtype=q.dtype), q, k.mT, beta=0, alpha=SCALE)
-    ),
-    "in place": in_place,
-    "dropout of nothing": lambda q, k, v: F.dropout((scores(q, k) * SCALE + bias()).softmax(-1), 0.0) @ v,
-    "dropout in eval mode": lambda q, k, v: F.dropout((scores(q, k) * SCALE + bias()).softmax(-1), 0.5, training=False) @ v,
-    "turned around": lambda q, k, v: (torch.softmax(scores(q, k) * SCALE + bias(), -1).to(v.dtype) @ v).transpose(1, 2),
-}
 
 
 def assert_becomes(function, oracle, tensors, tolerance=TIGHT):
@@ -114,7 +35,7 @@ def assert_becomes(function, oracle, tensors, tolerance=TIGHT):
     return call
 
 
-@pytest.mark.parametrize("spelling", CAUSAL)
+@pytest.mark.parametrize("spelling", UNFUSED)
 def test_every_spelling_is_the_functional_form(spelling):
     turned = spelling == "turned around"
 
@@ -124,9 +45,9 @@ def test_every_spelling_is_the_functional_form(spelling):
 
     tensors = qkv()
     dense = F.scaled_dot_product_attention(*tensors, is_causal=True, scale=SCALE)
-    written_out = CAUSAL[spelling](*tensors)
+    written_out = UNFUSED[spelling](*tensors)
     torch.testing.assert_close(written_out.transpose(1, 2) if turned else written_out, dense, **TIGHT)
-    call = assert_becomes(CAUSAL[spelling], oracle, tensors)
+    call = assert_becomes(UNFUSED[spelling], oracle, tensors)
     assert call.is_causal
 
 
@@ -170,7 +91,7 @@ def test_one_head_of_keys_for_all():
     def oracle(q, k, v):
         return lighthouse_fx.lighthouse_attention(q, k, v, is_causal=True, scale=SCALE, enable_gqa=True, config=CONFIG)
 
-    assert_becomes(CAUSAL["added"], oracle, qkv(1))
+    assert_becomes(UNFUSED["added"], oracle, qkv(1))
 
 
 def test_dropout_carries_over():
@@ -387,9 +308,9 @@ def test_where_it_stays_dense_the_users_graph_runs(spelling):
         return gm
 
     frozen = [x.detach() for x in qkv()]
-    torch.compile(CAUSAL[spelling], backend=untouched)(*frozen)
+    torch.compile(UNFUSED[spelling], backend=untouched)(*frozen)
     torch._dynamo.reset()
-    gm, call = only_call(CAUSAL[spelling], *frozen)
+    gm, call = only_call(UNFUSED[spelling], *frozen)
     assert "needs no gradient" in call.refusal.reason
     assert str(gm.graph) == graphs[0]
 

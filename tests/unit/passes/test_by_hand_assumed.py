@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from corpus import NEVER, SCALE, hidden, qkv, scores, seen
 from graphs import B, H, N, only_call, with_gradients
 from small_models import CONFIG, FIELDS, gradients, inputs, passes_only
 from torch import nn
-from unfused_parts import SCALE, hidden, qkv, scores, seen
 
 import lighthouse_fx
 from lighthouse_fx import lighthouse_attention
 
-NEVER = float("-inf")
 OPTIONS = FIELDS | {"assume_causal": True}
 LOWEST = torch.finfo(torch.float64).min
 

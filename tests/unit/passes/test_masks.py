@@ -4,7 +4,8 @@ import operator
 
 import pytest
 import torch
-from graphs import H, N, assert_refused, attend, by_arange, heads, only_call, targets, traced
+from corpus import CAUSAL_MASKS, FULL_MASKS, OTHER_MASKS, made_in_place
+from graphs import N, assert_refused, attend, by_arange, heads, only_call, targets, traced
 from small_models import CONFIG
 from torch.utils.checkpoint import checkpoint
 
@@ -12,113 +13,9 @@ import lighthouse_fx
 from lighthouse_fx.passes import CALLS, run_passes
 
 
-def in_place(*steps, start=lambda: torch.full((N, N), float("-inf"))):
-    """A mask on which statements work in place, so that the attention reads it by its first name."""
-
-    def build():
-        mask = start()
-        for step in steps:
-            step(mask)
-        return mask
-
-    return build
-
-
-def assign(mask, condition, value):
-    mask[condition] = value
-
-
-def times_later(mask):
-    mask *= torch.arange(N) > torch.arange(N).reshape(-1, 1)
-    return mask
-
-
-def after_an_empty_cache():
-    """As in Llama's first code."""
-    return torch.hstack([torch.zeros((N, 0)), torch.full((N, N), float("-inf")).triu(1)])
-
-
-# Written by statements. After each, the same memory holds something else.
-IN_PLACE = {
-    "fill, then triangle": in_place(
-        lambda mask: mask.fill_(float("-inf")), lambda mask: mask.triu_(1), start=lambda: torch.empty(N, N)
-    ),
-    "zero below": in_place(lambda mask: mask.masked_fill_(by_arange(), 0)),
-    "BART": in_place(lambda mask: mask.masked_fill_(torch.arange(N) < (torch.arange(N) + 1).view(mask.size(-1), 1), 0)),
-    "assigned": in_place(lambda mask: assign(mask, ~by_arange(), float("-inf")), start=lambda: torch.zeros(N, N)),
-    "assigned twice": in_place(
-        lambda mask: assign(mask, by_arange(), 5.0), lambda mask: assign(mask, mask == 5, 0.0)
-    ),
-    "overwritten": in_place(
-        lambda mask: mask.copy_(by_arange()), start=lambda: torch.ones(N, N, dtype=torch.bool)
-    ),
-    "triangle, and again where it is not 0": in_place(
-        lambda mask: mask.masked_fill_(mask.bool(), float("-inf")), start=lambda: torch.ones(N, N).triu(1)
-    ),
-    "times a comparison": lambda: times_later(torch.full((N, N), torch.finfo(torch.float32).min)),
-    "triangle times a comparison": lambda: times_later(torch.full((N, N), torch.finfo(torch.float32).min).triu(1))[None, None],
-    "or in place": lambda: operator.ior(torch.arange(N)[:, None] > torch.arange(N), torch.ones(N, N).tril().bool()),
-    "view after the writes": lambda: in_place(lambda mask: mask.triu_(1))()[None, None].expand(2, 1, -1, -1),
-}
-
-CAUSAL = IN_PLACE | {
-    "tril of ones": lambda: torch.tril(torch.ones(N, N, dtype=torch.bool)),
-    "ones.tril().bool()": lambda: torch.ones(N, N).tril().bool(),
-    "triu inverted": lambda: ~torch.ones(N, N, dtype=torch.bool).triu(1),
-    "arange comparison": by_arange,
-    "broadcast arange": lambda: torch.arange(N).view(1, 1, N, 1) >= torch.arange(N).view(1, 1, 1, N),
-    "strict comparison": lambda: torch.arange(N) < (torch.arange(N) + 1).unsqueeze(1),
-    "scaled comparison": lambda: (torch.arange(N) * 2).unsqueeze(1) >= torch.arange(N) * 2,
-    "equal or later": lambda: (torch.arange(N)[:, None] > torch.arange(N)) | (torch.arange(N)[:, None] == torch.arange(N)),
-    "additive": lambda: torch.full((N, N), float("-inf")).triu(1),
-    "additive in place": lambda: torch.full((N, N), float("-inf")).triu_(1),
-    "lowest": lambda: torch.zeros(N, N).masked_fill(~by_arange(), torch.finfo(torch.float32).min),
-    "where": lambda: torch.where(by_arange(), 0.0, float("-inf")),
-    "one minus, times lowest": lambda: (1.0 - by_arange().float()) * torch.finfo(torch.float32).min,
-    "expanded": lambda: by_arange()[None, None].expand(2, H, N, N),
-    "window wider than the sequence": lambda: by_arange() & (torch.arange(N)[:, None] - torch.arange(N) < N),
-    "slice of a longer one": lambda: by_arange(2 * N)[None, None, :N, :N],
-    "later rows and columns": lambda: by_arange(2 * N)[N:, N:],
-    "by index tensors": lambda: by_arange()[torch.arange(N)[:, None], torch.arange(N)[None, :]],
-}
-
-FULL = {
-    "ones": lambda: torch.ones(N, N, dtype=torch.bool),
-    "positions from 0 on, as transformers 5.17 writes it": lambda: ((torch.arange(N) + 0)[:, None] >= 0).expand(2, 1, N, N),
-    "keys not below 0": lambda: ~(torch.arange(N) < 0).expand(N, N),
-    "0 is no position more": lambda: torch.less(0 * torch.arange(N), torch.arange(N) + 1).expand(N, N),
-    "the sum of both": lambda: torch.arange(N)[:, None] + 2 * torch.arange(N) != -1,
-}
-
-OTHER = {
-    "first row sees nothing": lambda: (torch.arange(N)[:, None] >= 1).expand(N, N),
-    "first row sees nothing, counted from -1": lambda: (torch.arange(-1, N - 1)[:, None] >= 0).expand(N, N),
-    "last key hidden": lambda: (torch.arange(N) < N - 1).expand(N, N),
-    "last key hidden, counted down": lambda: (N - 2 - torch.arange(N) >= 0).expand(N, N),
-    "wraps around": lambda: (torch.arange(N, dtype=torch.int32) + (2**31 - 2) >= 0).expand(N, N),
-    "all hidden": lambda: (torch.arange(N) < 0).expand(N, N),
-    "strictly causal": lambda: torch.ones(N, N, dtype=torch.bool).tril(-1),
-    "one ahead": lambda: torch.ones(N, N, dtype=torch.bool).tril(1),
-    "anti-causal": lambda: torch.ones(N, N, dtype=torch.bool).triu(),
-    "sliding window": lambda: by_arange() & (torch.arange(N)[:, None] - torch.arange(N) < N - 1),
-    "every other key": lambda: by_arange() & (torch.arange(N) * 2 > 3),
-    "bias": lambda: -0.5 * (torch.arange(N)[:, None] - torch.arange(N)).float(),
-    "soft mask": lambda: torch.where(by_arange(), 0.0, -5.0),
-    "random": lambda: by_arange() & (torch.rand(N, N) > 0.1),
-    "first row and column": lambda: torch.arange(N)[:, None] >= torch.arange(N).flip(0),
-    "nothing": lambda: by_arange(2 * N)[:N, N:],
-    "places in a square": lambda: torch.arange(N * N).unflatten(0, (N, N)) <= torch.arange(N)[:, None],
-    "every other place in a square": lambda: (
-        torch.arange(N * N).unflatten(0, (N // 2, 2, N)).flatten(0, 1) % N <= torch.arange(N)[:, None] // 2 * 2
-    ),
-    "reversed index": lambda: by_arange()[torch.arange(N)[:, None], (N - 1 - torch.arange(N))[None, :]],
-    "negative index": lambda: by_arange()[(torch.arange(N) - 1)[:, None], torch.arange(N)[None, :]],
-}
-
-
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", CAUSAL_MASKS)
 def test_causal_mask_is_proved_and_disappears(name):
-    build = CAUSAL[name]
+    build = CAUSAL_MASKS[name]
     reference = build()
     assert torch.equal(reference == (True if reference.dtype == torch.bool else 0), by_arange().expand_as(reference))
     gm, call = only_call(lambda q: attend(q, build()), heads())
@@ -134,7 +31,7 @@ def test_causal_mask_is_proved_and_disappears(name):
 def test_comparisons_as_older_torch_traces_them(name):
     """torch 2.11 writes `x == y` as a call of the method `__eq__`."""
     names = {operator.eq: "__eq__", operator.ge: "__ge__", operator.gt: "__gt__"}
-    changed, build = [], CAUSAL[name]
+    changed, build = [], CAUSAL_MASKS[name]
 
     def backend(gm, example_inputs):
         for node in gm.graph.nodes:
@@ -150,17 +47,17 @@ def test_comparisons_as_older_torch_traces_them(name):
     assert changed
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", OTHER_MASKS)
 def test_other_mask_is_left(name):
-    build = OTHER[name]
+    build = OTHER_MASKS[name]
     gm, call = only_call(lambda q: attend(q, build()), heads())
     assert call.refusal is not None
     assert "lighthouse" not in str(targets(gm))
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", FULL_MASKS)
 def test_full_mask_is_no_mask(name):
-    build = FULL[name]
+    build = FULL_MASKS[name]
     assert build().all()
     gm, call = only_call(lambda q: attend(q, build()), heads())
     assert call.refusal is None and call.is_causal is False
@@ -237,7 +134,7 @@ def test_mask_written_to_between_two_calls_is_read_as_it_was_then():
 
 def test_writes_to_a_mask_stay_while_something_else_reads_it():
     def function(q):
-        mask = in_place(lambda mask: mask.triu_(1))()
+        mask = made_in_place(lambda mask: mask.triu_(1))()
         return attend(q, mask), mask
 
     gm, call = only_call(function, q := heads())
