@@ -89,7 +89,7 @@ class Files:
         held: list[np.ndarray] = []
         while sum(map(len, held)) < tokens:
             if len(self.paths) < 2:
-                raise ValueError(f"data: {self.pattern!r} has too few files to hold out {tokens} tokens: give more or smaller ones")
+                raise ValueError(f"data: {self.pattern!r} has too few files to hold out {tokens} tokens: give more")
             held += self._read(self.paths.pop(0))
         return held
 

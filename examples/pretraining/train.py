@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 import yaml
 from data import Rows, hold_out, load_tokenizer, open_source, train_tokenizer
-from torch import Tensor, nn
+from losses import dense_loss, documents_of, loss_of_export, loss_sum, predicted, probe
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -42,13 +42,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 import lighthouse_fx
-from lighthouse_fx.evaluation.model_outputs import evaluating
-from lighthouse_fx.evaluation.passkey import find_passkeys
+from lighthouse_fx import LighthouseConfig
 from lighthouse_fx.frontend.regional import repeated_blocks
 
 say = logging.getLogger("pretraining")
-FIXED = ("model", "tokenizer", "data", "sequence_length", "global_batch", "optimizer", "schedule", "seed")
-IGNORED = -100  # the target of a token whose successor belongs to another document
+FIXED = (
+    "model", "tokenizer", "data", "prefetch", "sequence_length", "global_batch", "optimizer", "schedule", "seed"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,11 +135,21 @@ def compile_and_shard(model: nn.Module, settings: Settings, device: torch.device
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     blocks = list(repeated_blocks(model).children())
-    lighthouse_fx.compile(model, lighthouse_fx.LighthouseConfig(**settings.lighthouse))
+    lighthouse_fx.compile(model, LighthouseConfig(**settings.lighthouse))
     mesh = init_device_mesh(device.type, (world,))
     precision = MixedPrecisionPolicy(param_dtype=getattr(torch, settings.dtype), reduce_dtype=torch.float32)
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision)
+
+
+def gather(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module | None:
+    """The whole model on rank 0, an ordinary one of transformers; None elsewhere."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() != 0:
+        return None
+    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", dtype=torch.float32)
+    plain.load_state_dict(state)
+    return plain.to(device, getattr(torch, settings.dtype))
 
 
 def build_optimizer(model: nn.Module, *, weight_decay: float = 0.1, **arguments: Any) -> torch.optim.Optimizer:
@@ -162,83 +172,6 @@ def make_loader(rows: Rows, prefetch: bool) -> Any:
     except ImportError as error:
         raise ImportError("prefetch=true needs torchdata: pip install torchdata; or give prefetch=false") from error
     return StatefulDataLoader(rows, batch_size=None, num_workers=1)  # more workers would read the same rows again
-
-
-def targets_of(batch: dict[str, Tensor]) -> Tensor:
-    """The next token of each, `[B, N]`, but for the last one of each document."""
-    tokens, numbers = batch["tokens"].long(), batch["documents"]
-    return tokens[:, 1:].masked_fill(numbers[:, 1:] != numbers[:, :-1], IGNORED)
-
-
-def loss_sum(model: nn.Module, batch: dict[str, Tensor], rows: slice, device: torch.device) -> Tensor:
-    """The sum of the losses of some rows, attention inside their documents; enter `documents(...)` around it."""
-    tokens, targets = batch["tokens"][rows, :-1].long().to(device), targets_of(batch)[rows].to(device)
-    logits = model(input_ids=tokens, use_cache=False).logits  # [B, N, V]
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum", ignore_index=IGNORED)
-
-
-def documents_of(batch: dict[str, Tensor], rows: slice) -> Any:
-    return lighthouse_fx.documents(batch["documents"][rows, :-1])
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def dense_loss(model: nn.Module, held_out: dict[str, Tensor], device: torch.device, rank: int, world: int) -> float:
-    """The loss on held-out rows under dense attention, in nats a token. Each rank runs as many rows as the others."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = len(held_out["tokens"])
-    with evaluating(model):
-        for first in range(0, count, world):
-            row = min(first + rank, count - 1)
-            with documents_of(held_out, slice(row, row + 1)):
-                loss = loss_sum(model, held_out, slice(row, row + 1), device)
-            total += loss.double() * (first + rank < count)
-    dist.all_reduce(total)
-    return total.item() / int((targets_of(held_out) != IGNORED).sum())
-
-
-def gather(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module | None:
-    """The whole model on rank 0, an ordinary one of transformers; None elsewhere."""
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() != 0:
-        return None
-    plain = AutoModelForCausalLM.from_config(model.config, attn_implementation="sdpa", dtype=torch.float32)
-    plain.load_state_dict(state)
-    return plain.to(device, getattr(torch, settings.dtype))
-
-
-def probe(plain: nn.Module, settings: Settings, tokenizer: Any, held_out: dict[str, Tensor]) -> dict[str, float]:
-    """Leak from the future and passkeys, on the model without its shards."""
-    found = {}
-    lighthouse_fx.compile(plain, lighthouse_fx.LighthouseConfig(**settings.lighthouse))
-    if settings.leak_cuts:
-        with documents_of(held_out, slice(0, 1)):
-            leak = lighthouse_fx.future_leak(plain, held_out["tokens"][:1], settings.leak_cuts)
-        found |= {"leak/lighthouse": leak.lighthouse[0].mean} if leak.lighthouse else {}
-        found |= {"leak/dense": leak.dense[0].mean}
-    if settings.passkey:
-        task = lighthouse_fx.Passkey(encode=lambda text: tokenizer.encode(text, add_special_tokens=False), **settings.passkey)
-        with evaluating(plain), torch.compiler.set_stance("force_eager"):
-            found["passkey/accuracy"] = find_passkeys(plain, task, device=next(plain.parameters()).device).accuracy
-    return found
-
-
-@torch.no_grad()
-def loss_of_export(folder: Path, held_out: dict[str, Tensor], device: torch.device) -> float:
-    """The loss of a saved model, loaded by transformers alone, on the held-out documents one by one."""
-    plain = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    targets, total = targets_of(held_out), 0.0
-    for row, numbers in enumerate(held_out["documents"][:, :-1]):
-        ends = [*(numbers.diff().nonzero().flatten() + 1).tolist(), len(numbers)]
-        for start, end in zip([0, *ends], ends, strict=False):
-            positions = torch.arange(start, end, device=device)[None]  # those that it had in its row
-            tokens = held_out["tokens"][row, start:end].long().to(device)[None]
-            logits = plain(input_ids=tokens, position_ids=positions, use_cache=False).logits[0].float()
-            wanted = targets[row, start:end].to(device)
-            total += F.cross_entropy(logits, wanted, reduction="sum", ignore_index=IGNORED).item()
-    return total / int((targets != IGNORED).sum())
 
 
 # --- checkpoints and logs ---------------------------------------------------------------------------------------------
@@ -336,6 +269,7 @@ def main(settings: Settings) -> None:
     checkpoints = Checkpoints(settings, model, optimizer, schedule=schedule, plan=plan, loader=loader)
     checkpoints.load_last()
 
+    batches = iter(loader)  # its process begins before the log is opened, which one process writes
     log = lighthouse_fx.RunLog(out / "run.jsonl", model=model, seed=settings.seed) if rank == 0 else None
     trackers = list(open_trackers(settings, schedule.step)) if rank == 0 else []
     tokens_of_step = settings.global_batch * settings.sequence_length
@@ -349,7 +283,8 @@ def main(settings: Settings) -> None:
         values = {"loss/dense": dense_loss(model, held_out, device, rank, world)}
         if settings.probe_every and (step % settings.probe_every == 0 or schedule.finished):
             if (plain := gather(model, settings, device)) is not None:
-                values |= probe(plain, settings, tokenizer, held_out)
+                config, cuts, passkey = LighthouseConfig(**settings.lighthouse), settings.leak_cuts, settings.passkey
+                values |= probe(plain, config, held_out, leak_cuts=cuts, passkey=passkey, tokenizer=tokenizer)
             dist.barrier()
         if log is not None:
             log.validation(step, values["loss/dense"])
@@ -357,11 +292,10 @@ def main(settings: Settings) -> None:
         track(values, step)
 
     model.train()
-    batches = iter(loader)
     for step in schedule:
         started = time.perf_counter()
         batch = next(batches)
-        count = int((targets_of(batch) != IGNORED).sum())
+        count = predicted(batch)
         total = torch.zeros((), device=device)
         with log.step(step, tokens=tokens_of_step) if log else nullcontext(SimpleNamespace()) as entry:
             for first in range(rank * settings.micro_batch, settings.global_batch, world * settings.micro_batch):
