@@ -46,8 +46,10 @@ from lighthouse_fx import LighthouseConfig
 from lighthouse_fx.frontend.regional import repeated_blocks
 
 say = logging.getLogger("pretraining")
+# What a checkpoint is not resumed under another value of; `steps` and `stages` are checked by TwoStage.
 FIXED = (
-    "model", "tokenizer", "data", "prefetch", "sequence_length", "global_batch", "optimizer", "schedule", "seed"
+    "model", "tokenizer", "data", "prefetch", "sequence_length", "global_batch", "dtype", "lighthouse", "optimizer",
+    "schedule", "seed",
 )  # fmt: skip
 
 
