@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from lighthouse_fx.kernels.torch_private import HigherOrderOperator, OpOverload, OpOverloadPacket, has_storage, pytree
+from lighthouse_fx.kernels.torch_private import HigherOrderOperator, has_storage, pytree
 
-from ..masks.evaluate import operation_name
 from ..masks.rules import is_interpreted
 from .internal_error import internal_error
+from .ops import IN_PLACE_OPERATORS, PURE_OPERATORS, operation_name, schemas, works_in_place
 from .subgraphs import regions
 
 Writers = dict[int, list[fx.Node]]
@@ -52,25 +51,23 @@ def _may_write_to(node: fx.Node) -> Sequence[Any]:
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a node is an in-place operation of PyTorch, such as `triu_`, `*=` or `x[mask] = 0`, known to OPERATIONS."""
-    name = operation_name(node)
-    named = name.endswith("_") and not name.endswith("__") and node.target not in _PURE_OPERATORS  # operator.and_ is pure
-    return (node.target in _IN_PLACE_OPERATORS or named) and is_interpreted(node)
+    return works_in_place(node) and is_interpreted(node)
 
 
 def _is_pure(node: fx.Node) -> bool:
     name = operation_name(node)
     if any(_given(node).get(flag) not in (None, False) for flag in ("out", "inplace", "max_norm")):
         return False
-    if node.target in _IN_PLACE_OPERATORS:
+    if node.target in IN_PLACE_OPERATORS:
         return False
     if isinstance(node.target, HigherOrderOperator):
         return str(node.target.name()) == "flex_attention" and all(map(_is_pure, _called_inside(node)))
-    if node.target is builtins.getattr or node.target in _PURE_OPERATORS or name in _PURE_NAMES:
+    if node.target is builtins.getattr or node.target in PURE_OPERATORS or name in _PURE_NAMES:
         return True
-    if is_interpreted(node) and not name.endswith("_"):
+    if is_interpreted(node) and not works_in_place(node):
         return True
-    schemas = _schemas(node)
-    return bool(schemas) and not any(schema.is_mutable or _keeps_statistics(schema) for schema in schemas)
+    found = schemas(node)
+    return bool(found) and not any(schema.is_mutable or _keeps_statistics(schema) for schema in found)
 
 
 def _called_inside(node: fx.Node) -> list[fx.Node]:
@@ -83,10 +80,10 @@ def _called_inside(node: fx.Node) -> list[fx.Node]:
 def _writes_to_its_first_argument_only(node: fx.Node) -> bool:
     if not node.args:
         return False
-    if node.target in _IN_PLACE_OPERATORS:
+    if node.target in IN_PLACE_OPERATORS:
         return True
     written = [
-        [argument.alias_info and argument.alias_info.is_write for argument in s.arguments] for s in _schemas(node)
+        [argument.alias_info and argument.alias_info.is_write for argument in s.arguments] for s in schemas(node)
     ]
     return bool(written) and all(flags and flags[0] and not any(flags[1:]) for flags in written)
 
@@ -95,18 +92,6 @@ def _given(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by name, as far as their names are known."""
     names = inspect.signature(node.target).parameters if inspect.isfunction(node.target) else ()
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-
-
-def _schemas(node: fx.Node) -> list[torch.FunctionSchema]:
-    """The signatures, with what they write to, of PyTorch's and custom operations. Empty if unknown."""
-    if isinstance(node.target, OpOverload):
-        return [node.target._schema]
-    custom = isinstance(node.target, OpOverloadPacket)
-    packet = node.target if custom else getattr(torch.ops.aten, operation_name(node) or "?", None)
-    if not isinstance(packet, OpOverloadPacket):
-        return []
-    found = [getattr(packet, overload)._schema for overload in packet.overloads()]
-    return [schema for schema in found if not any(a.is_out and a.name not in node.kwargs for a in schema.arguments)]
 
 
 def _keeps_statistics(schema: torch.FunctionSchema) -> bool:
@@ -138,17 +123,3 @@ def _tensors(node: fx.Node) -> list[torch.Tensor]:
 
 
 _PURE_NAMES = frozenset({"cpu", "cuda", "multi_head_attention_forward", "normalize"})  # besides those that have a schema
-_PURE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
-    getattr(operator, name)
-    for name in (
-        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "inv", "invert", "is_", "is_not", "le", "lshift",
-        "lt", "matmul", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv", "truth", "xor",
-    )
-)  # fmt: skip
-_IN_PLACE_OPERATORS: frozenset[Callable[..., Any]] = frozenset(
-    getattr(operator, name)
-    for name in (
-        "iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv",
-        "ixor", "setitem",
-    )
-)  # fmt: skip

@@ -2,6 +2,7 @@
 
 An element is one of
     Affine   an integer such as `i - j + 3`, or with other coordinates, which a mask must not depend on in the end
+    Quotient such an integer divided by a constant, rounded down: the number of a chunk of positions
     Cases    a Python constant on each of a few sets of diagonals, such as {i >= j: True, i < j: False}
 Whatever is neither raises `Unproven`, with the reason. Nothing is ever approximated or tried out at small sizes: a sliding
 window that is wider than the sample would pass for causal.
@@ -53,11 +54,14 @@ NOWHERE = Diagonals(())
 
 
 class Unproven(Exception):
-    """The value cannot be told from the graph alone; the message says why. On the diagonals `false` it is surely False."""
+    """The value cannot be told from the graph alone; the message says why. On the diagonals `false` it is surely False.
 
-    def __init__(self, why: str, false: Diagonals = NOWHERE) -> None:
+    `node`: the operation of whose own result that is so, where it is not one of its arguments.
+    """
+
+    def __init__(self, why: str, false: Diagonals = NOWHERE, node: Any = None) -> None:
         super().__init__(why)
-        self.false = false
+        self.false, self.node = false, node
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,15 @@ class Cases:
         return found
 
 
-Element = Affine | Cases
+@dataclass(frozen=True, slots=True)
+class Quotient:
+    """`numerator // divisor`: the number of a chunk of positions."""
+
+    numerator: Affine
+    divisor: int
+
+
+Element = Affine | Cases | Quotient
 
 
 def coordinate(name: str) -> Affine:
@@ -130,7 +142,7 @@ def as_cases(value: Element) -> Cases:
     """An element that is constant piece by piece, as such."""
     if isinstance(value, Cases):
         return value
-    if value.terms:
+    if isinstance(value, Quotient) or value.terms:
         raise Unproven("it depends on a position other than by comparing query and key")
     return Cases(((EVERY, value.constant),))
 
@@ -139,7 +151,7 @@ def as_affine(value: Element) -> Affine:
     """An element that is an integer function of the coordinates, as such."""
     if isinstance(value, Affine):
         return value
-    if len(value.parts) == 1 and _is_whole(constant := value.parts[0][1]):
+    if isinstance(value, Cases) and len(value.parts) == 1 and _is_whole(constant := value.parts[0][1]):
         return Affine(constant=int(constant))
     raise Unproven("an index in it is not a plain range of positions")
 
@@ -150,6 +162,9 @@ def _is_whole(constant: Any) -> bool:
 
 def in_dtype(value: Element, dtype: torch.dtype, sizes: Mapping[str, int]) -> Element:
     """An element as a tensor of this dtype holds it; not proved if it is not exact there."""
+    if isinstance(value, Quotient):
+        in_dtype(value.numerator, dtype, sizes)
+        return value
     if isinstance(value, Affine) and value.terms:
         if value.magnitude(sizes) >= _EXACT_POSITIONS.get(dtype, 0):
             raise Unproven(f"positions in it are not exact in {dtype}")
@@ -200,7 +215,7 @@ def compare(relation: str, left: Element, right: Element) -> Cases:
         return compare({"gt": "lt", "ge": "le"}[relation], right, left)
     if relation == "ne":
         return _boolean(~compare("eq", left, right).where(bool))
-    if isinstance(left, Cases) or isinstance(right, Cases):
+    if not isinstance(left, Affine) or not isinstance(right, Affine):
         return as_cases(apply(getattr(operator, relation), left, right))
     if relation == "eq":
         return _boolean(compare("le", left, right).where(bool) & compare("le", right, left).where(bool))

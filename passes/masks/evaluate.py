@@ -7,19 +7,17 @@ is `Unproven`, as is every element that its node's dtype does not hold exactly.
 
 from __future__ import annotations
 
-import builtins
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from lighthouse_fx.kernels.torch_private import is_traceable_wrapper_subclass
 
 from ..attention_call import constant, fake
+from ..ir.ops import arguments, operation_name, works_in_place
 from ..ir.subgraphs import Region
 from .diagonals import Affine, Element, Unproven, element, in_dtype
 
@@ -28,10 +26,13 @@ Held = Callable[[Any, fx.Node], Any]  # a tensor and who reads it -> the node th
 ORIGIN = Affine()
 REST = "*"  # further positional arguments, such as sizes, which show in the result's shape and dtype
 _SHOWN_IN_THE_RESULT = frozenset({"size", "shape", "dim", "dtype", "device", "layout"})
-_COMPARISONS = frozenset({"__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"})  # so named before torch 2.13
 # What is surely False before these is False after them, whatever else is not known.
 _KEEPING_FALSE = frozenset(
-    {"and_", "bitwise_and", "__and__", "iand", "to", "bool", "contiguous", "clone", "expand", "expand_as", "unsqueeze", "view"}
+    {"bitwise_and", "to", "bool", "contiguous", "clone", "expand", "expand_as", "unsqueeze", "view"}
+)
+_MOVED_IN_PLACE = frozenset({"unsqueeze", "squeeze", "t", "transpose"})
+_READING_THEIR_SHAPE = frozenset(
+    {"unsqueeze", "squeeze", "view", "reshape", "view_as", "reshape_as", "unflatten", "repeat", "getitem"}
 )
 _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "non_blocking", "copy"})
 
@@ -66,11 +67,18 @@ class Elements:
             try:
                 found = self.in_dtype(self._evaluated(node, region, coordinates), tensor.dtype)
             except Unproven as why:
-                found = why if node.op == "placeholder" or overload(node) in _KEEPING_FALSE else Unproven(str(why))
+                kept = node.op == "placeholder" or overload(node) in _KEEPING_FALSE or why.node is node
+                found = why if kept else Unproven(str(why))
             self._known[node, coordinates] = found
         if isinstance(known := self._known[node, coordinates], Unproven):
             raise known
         return known
+
+    def constant_quotient(self, value: Affine, divisor: int) -> int | None:
+        """`value // divisor` where that is the same for all coordinates."""
+        ends = [(0, factor * (self._sizes[name] - 1)) for name, factor in value.terms]
+        low, high = (value.constant + sum(one(end) for end in ends) for one in (min, max))
+        return low // divisor if low // divisor == high // divisor else None
 
     def in_dtype(self, value: Element, dtype: torch.dtype) -> Element:
         """An element converted to a dtype, where that is exact."""
@@ -83,6 +91,8 @@ class Elements:
             return self._operand(node, region, coordinates)
         if (name := overload(node)) not in self._operations:
             raise Unproven(f"it depends on {node.format_node() if node.op == 'get_attr' else name or node.name}")
+        if name in _READING_THEIR_SHAPE and len(coordinates) != len(_shape(node)):
+            raise Unproven(f"{node.name} has another shape by the end of the graph")
         handler, parameters = self._operations[name]
         return handler(Wanted(self, node, region, coordinates, _bound(node, parameters)))
 
@@ -133,40 +143,34 @@ Handler = Callable[[Wanted], Element]
 Operation = tuple[Handler, tuple[str, ...]]  # and the names of its positional arguments
 
 
-def operation_name(node: fx.Node) -> str:
-    """The operation's name, where it is PyTorch's own."""
-    if node.op == "call_method":
-        return _plain_name(str(node.target))
-    if node.target is builtins.getattr:
-        return f".{node.args[1]}"
-    name = getattr(node.target, "__name__", "")
-    homes = (operator, torch, F, torch.Tensor)
-    if not any(getattr(home, name, None) is node.target for home in homes):
-        return ""
-    return _plain_name(name)
-
-
-def _plain_name(name: str) -> str:
-    return name.strip("_") if name in _COMPARISONS else name
-
-
 def overload(node: fx.Node) -> str:
-    """The operation's name, made unique where the same name takes its arguments in different orders."""
-    name = operation_name(node)
-    if name == "arange" and len(node.args) == 1 and "end" not in node.kwargs:
-        return "arange(end)"
-    if name == "where" and (node.op == "call_method" or node.target is torch.Tensor.where):
-        return "Tensor.where"
-    return name
+    """The operation's name; in-place operations that move elements about have one of their own."""
+    return f"{operation_name(node)}_" if moves_in_place(node) else operation_name(node)
+
+
+def moves_in_place(node: fx.Node) -> bool:
+    """Whether an operation changes the shape of its argument, and no element."""
+    return operation_name(node) in _MOVED_IN_PLACE and works_in_place(node)
 
 
 def _bound(node: fx.Node, parameters: Sequence[str]) -> dict[str, Any]:
     """A node's arguments by name. Those that this module does not know of are refused."""
     names = [name for name in parameters if name != REST]
-    unknown = node.kwargs.keys() - {*names, *_SHOWN_IN_THE_RESULT, *_WITHOUT_EFFECT}
-    if unknown or (len(node.args) > len(names) and REST not in parameters):
-        raise Unproven(f"it is built by {node.name} with {', '.join(sorted(unknown)) or 'more arguments'}")
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = arguments(node)
+    if given is None or (names and names[0] not in given and node.args):
+        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        many = len(node.args) > len(names) and REST not in parameters
+    else:
+        many = False
+    asked = node.kwargs if REST in parameters else given
+    if many or (unknown := asked.keys() - {*names, *_SHOWN_IN_THE_RESULT, *_WITHOUT_EFFECT}):
+        raise Unproven(f"it is built by {node.name} with {'more arguments' if many else ', '.join(sorted(unknown))}")
+    return given
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    tensor = fake(node)
+    return () if tensor is None else tensor.shape
 
 
 def is_one(size: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import fx
 from ..ir.aliasing import Writers, memories, writes_in_place
 from ..ir.subgraphs import Region
 from .diagonals import Unproven
+from .evaluate import moves_in_place
 from .rules import is_fresh
 
 
@@ -59,6 +60,8 @@ class History:
             base = write.args[0] if write.args and writes_in_place(write) else None
             if write.graph is not root.graph or not (base is root or base in found):
                 return []
+            if moves_in_place(write) and any(user < write and user not in found for x in (root, *found) for user in x.users):
+                return []  # whoever read the tensor before saw a shape that its node does not show any more
             found.append(write)
         return found
 

@@ -16,7 +16,21 @@ import torch
 from torch import fx
 
 from ..attention_call import constant, fake
-from .diagonals import NOWHERE, Affine, Cases, Element, Unproven, apply, as_affine, compare, element
+from ..ir.ops import works_in_place
+from .diagonals import (
+    NOWHERE,
+    Affine,
+    Cases,
+    Diagonals,
+    Element,
+    Quotient,
+    Unproven,
+    apply,
+    as_affine,
+    compare,
+    coordinate,
+    element,
+)
 from .evaluate import ORIGIN, REST, Handler, Operation, Wanted, is_one, overload
 from .views import (
     expanded,
@@ -33,6 +47,7 @@ from .views import (
     tensor_of,
     transposed,
     unflattened,
+    unsqueezed_in_place,
     view,
 )
 
@@ -44,7 +59,7 @@ def is_interpreted(node: fx.Node) -> bool:
 
 def is_fresh(node: fx.Node) -> bool:
     """Whether a node makes a new tensor, whose memory nothing that came before shares."""
-    return overload(node) in _ALLOCATING
+    return overload(node) in _ALLOCATING and not works_in_place(node)
 
 
 # --- tensors made from constants --------------------------------------------------------------------------------------
@@ -139,12 +154,33 @@ def _and(wanted: Wanted) -> Element:
         else:
             false = false | (value.where(lambda x: x is False) if isinstance(value, Cases) else NOWHERE)
     if doubts:
-        raise Unproven(str(doubts[0]), false)
+        raise Unproven(str(doubts[0]), false, doubts[0].node)
     return handler(wanted)
 
 
 def _relation(name: str) -> Operation:
     return _binary(lambda a, b: compare(name, a, b))
+
+
+def _equal(wanted: Wanted) -> Element:
+    """Equality; of chunks it is surely False c positions apart, and nearer it is not told by the distance alone."""
+    handler, names = _relation("eq")
+    left, right = (wanted.operand(wanted.arguments[name]) for name in names)
+    if isinstance(left, Quotient) and isinstance(right, Quotient) and left.divisor == right.divisor:
+        far = left.divisor
+        if (left.numerator - right.numerator) in (_AHEAD, _AHEAD * -1):
+            false = Diagonals(((-math.inf, -far), (far, math.inf)))
+            raise Unproven(f"it keeps attention inside chunks of {far} positions", false, wanted.node)
+    return handler(wanted)
+
+
+def _floor_divided(wanted: Wanted) -> Element:
+    """The number of a chunk of positions, by a constant."""
+    value, divisor = (wanted.operand(wanted.arguments[name]) for name in ("input", "other"))
+    if not isinstance(value, Affine) or not isinstance(divisor, Affine) or divisor.terms or divisor.constant <= 0:
+        raise Unproven("it divides by something other than a constant number of positions")
+    quotient = wanted.elements.constant_quotient(value, divisor.constant)
+    return Quotient(value, divisor.constant) if quotient is None else element(quotient)
 
 
 def _where(condition: str, yes: str, no: str) -> Handler:
@@ -222,11 +258,13 @@ def _diff(wanted: Wanted) -> Element:
     return later
 
 
+_AHEAD = coordinate("i") - coordinate("j")
+
 _CREATORS: dict[str, Operation] = {
-    "arange(end)": (_arange, ("end",)), "arange": (_arange, ("start", "end", "step")),
+    "arange": (_arange, ("start", "end", "step")),
     **dict.fromkeys(("ones", "new_ones", "ones_like"), (_same_everywhere(1), ("input", REST))),
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), (_same_everywhere(0), ("input", REST))),
-    **dict.fromkeys(("full", "full_like"), (_filled("fill_value"), ("input", "fill_value"))),
+    **dict.fromkeys(("full", "full_like"), (_filled("fill_value"), ("size", "input", "fill_value"))),
     "new_full": (_filled("fill_value"), ("input", "size", "fill_value")),
     "tensor": (_filled("data"), ("data",)), "new_tensor": (_filled("data"), ("input", "data")),
     "scalar_tensor": (_filled("s"), ("s",)),
@@ -235,35 +273,26 @@ _CREATORS: dict[str, Operation] = {
 
 # These, too, always return memory of their own. `to` and its like do not, where there is nothing to convert.
 _ALLOCATING = _CREATORS.keys() | {
-    "add", "sub", "mul", "rsub", "neg", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor", "invert", "bitwise_and",
-    "bitwise_or", "bitwise_not", "logical_and", "logical_or", "logical_not", "where", "Tensor.where", "masked_fill", "clone",
-    "tril", "triu", "cumsum", "repeat",
+    "add", "sub", "mul", "rsub", "neg", "floor_divide", "lt", "le", "gt", "ge", "eq", "ne",
+    "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and", "logical_or", "logical_xor", "logical_not",
+    "where", "masked_fill", "clone", "tril", "triu", "cumsum", "repeat", "log", "isinf",
 }  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = _CREATORS | {
-    **dict.fromkeys(("add", "add_", "iadd"), _binary(_add)),
-    **dict.fromkeys(("sub", "sub_", "isub", "subtract"), _binary(_sub)),
-    **dict.fromkeys(("mul", "mul_", "imul", "multiply"), _binary(_mul)),
+    "add": _binary(_add), "sub": _binary(_sub), "mul": _binary(_mul),
     "rsub": _binary(lambda a, b: _sub(b, a)),
-    **dict.fromkeys(("neg", "negative"), _unary(lambda a: _mul(a, Affine(constant=-1)))),
-    **{name: _relation(name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    "less": _relation("lt"), "less_equal": _relation("le"), "not_equal": _relation("ne"),
-    "greater": _relation("gt"), "greater_equal": _relation("ge"),
-    **dict.fromkeys(("and_", "bitwise_and", "__and__", "iand"), (_and, ("input", "other"))),
-    **dict.fromkeys(("or_", "bitwise_or", "__or__", "ior"), _each(operator.or_)),
+    "neg": _unary(lambda a: _mul(a, Affine(constant=-1))),
+    **{name: _relation(name) for name in ("lt", "le", "gt", "ge", "ne")}, "eq": (_equal, ("input", "other")),
+    "floor_divide": (_floor_divided, ("input", "other")),
+    "bitwise_and": (_and, ("input", "other")), "bitwise_or": _each(operator.or_), "bitwise_xor": _each(operator.xor),
     "log": _unary(lambda a: apply(_logarithm, a)), "isinf": _unary(lambda a: apply(math.isinf, a)),
-    **dict.fromkeys(("xor", "bitwise_xor"), _each(operator.xor)),
     "logical_and": _each(lambda a, b: bool(a) and bool(b)),
     "logical_or": _each(lambda a, b: bool(a) or bool(b)),
     "logical_xor": _each(lambda a, b: bool(a) != bool(b)),
     "logical_not": _unary(lambda a: apply(operator.not_, a)),
-    **dict.fromkeys(
-        ("invert", "bitwise_not", "inv"),
-        _unary(lambda a: apply(lambda x: not x if isinstance(x, bool) else ~x, a)),
-    ),
+    "bitwise_not": _unary(lambda a: apply(lambda x: not x if isinstance(x, bool) else ~x, a)),
     "where": (_where("condition", "input", "other"), ("condition", "input", "other")),
-    "Tensor.where": (_where("condition", "input", "other"), ("input", "condition", "other")),
-    **dict.fromkeys(("masked_fill", "masked_fill_"), (_where("mask", "value", "input"), ("input", "mask", "value"))),
+    "masked_fill": (_where("mask", "value", "input"), ("input", "mask", "value")),
     **dict.fromkeys(
         ("to", "type", "type_as", "bool", "byte", "int", "long", "float", "double", "half", "bfloat16", "contiguous", "clone",
          "detach", "alias"),
@@ -281,16 +310,16 @@ OPERATIONS: dict[str, Operation] = _CREATORS | {
     "narrow": (view(narrowed), ("input", "dim", "start", REST)),
     "select": (view(selected), ("input", "dim", "index")),
     "index_select": (index_selected, ("input", "dim", "index")),
-    **dict.fromkeys(("cat", "concat"), (joined(0), ("tensors", "dim"))), "hstack": (joined(1), ("tensors",)),
-    "transpose": transposed("dim0", "dim1"), "swapdims": transposed("dim0", "dim1"),
-    "swapaxes": transposed("axis0", "axis1"),
+    "cat": (joined(0), ("tensors", "dim")), "hstack": (joined(1), ("tensors",)), "vstack": (joined(0), ("tensors",)),
+    "transpose": transposed("dim0", "dim1"), "transpose_": transposed("dim0", "dim1"),
+    "t_": (view(matrix_transposed), ("input",)),
+    "unsqueeze_": (view(unsqueezed_in_place), ("input", "dim")),
     "getitem": (item, ("input", "index")),
     "setitem": (_assigned, ("input", "index", "value")),
-    "fill_": (_overwritten(_filled("value")), ("input", "value")),
-    "zero_": (_overwritten(_same_everywhere(0)), ("input",)),
-    "copy_": (_overwritten(_filled("src")), ("input", "src", REST)),
-    **dict.fromkeys(("tril", "tril_"), (_triangle("le"), ("input", "diagonal"))),
-    **dict.fromkeys(("triu", "triu_"), (_triangle("ge"), ("input", "diagonal"))),
+    "fill": (_overwritten(_filled("value")), ("input", "value")),
+    "zero": (_overwritten(_same_everywhere(0)), ("input",)),
+    "copy": (_overwritten(_filled("src")), ("input", "src", REST)),
+    "tril": (_triangle("le"), ("input", "diagonal")), "triu": (_triangle("ge"), ("input", "diagonal")),
     "cumsum": (_cumsum, ("input", "dim", REST)),
     "diff": (_diff, ("input", "n", "dim", "prepend", "append")),
 }  # fmt: skip

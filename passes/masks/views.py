@@ -61,6 +61,12 @@ def reshaped(wanted: Wanted) -> Coordinates:
     return tuple(ORIGIN if is_one(size) else next(rest)[1] for size in before)
 
 
+def unsqueezed_in_place(wanted: Wanted) -> Coordinates:
+    """`x.unsqueeze_(dim)`, after which x itself has the shape of the result."""
+    dim = wanted.dimension("dim", 0)
+    return (*wanted.coordinates[:dim], *wanted.coordinates[dim + 1 :])
+
+
 def unflattened(wanted: Wanted) -> Coordinates:
     """Several dimensions in the place of one."""
     before, after = tensor_of(wanted.arguments["input"]).shape, tensor_of(wanted.node).shape

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from ..attention_call import fake
-from ..masks.evaluate import operation_name
+from ..ir.ops import operation_name
 from .layouts import place_of
 from .products import Unclear
 

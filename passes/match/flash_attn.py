@@ -34,8 +34,8 @@ from lighthouse_fx.kernels.torch_private import HigherOrderOperator, set_grad_en
 
 from ..attention_call import AttentionCall, Steps, add_calls, constant, fake
 from ..ir.internal_error import internal_error
+from ..ir.ops import operation_name
 from ..ir.subgraphs import Region, regions
-from ..masks.evaluate import operation_name
 from .layouts import only_output, shown
 from .products import Unclear, is_number
 from .sdpa import module_path, source_line

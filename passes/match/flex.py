@@ -26,9 +26,10 @@ from lighthouse_fx.kernels.torch_private import HigherOrderOperator
 from ..attention_call import AttentionCall, add_calls, fake
 from ..ir.aliasing import writes_in_place
 from ..ir.internal_error import internal_error
+from ..ir.ops import operation_name
 from ..ir.subgraphs import Region, regions
 from ..masks.diagonals import EVERY, Diagonals, Unproven, as_cases, coordinate
-from ..masks.evaluate import ORIGIN, Elements, is_one, operation_name
+from ..masks.evaluate import ORIGIN, Elements, is_one
 from ..masks.rules import OPERATIONS, is_interpreted
 from .document_tables import Tables, numbers_of, tables_of
 from .layouts import only_output, unused_outputs
@@ -156,7 +157,7 @@ def _as_made(node: Any, reader: fx.Node) -> Any:
 
 def _conditions(node: Any) -> list[Any]:
     """The conditions that all have to hold."""
-    if isinstance(node, fx.Node) and operation_name(node) in ("and_", "logical_and", "bitwise_and", "__and__"):
+    if isinstance(node, fx.Node) and operation_name(node) in ("bitwise_and", "logical_and"):
         return [condition for part in node.args for condition in _conditions(part)]
     return [node]
 

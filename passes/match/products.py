@@ -10,7 +10,6 @@ is the same attention.
 
 from __future__ import annotations
 
-import builtins
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +17,9 @@ from typing import Any
 from torch import fx
 
 from ..attention_call import Steps, constant, fake
-from ..masks.evaluate import operation_name
+from ..ir.ops import arguments, operands, operation_name, works_in_place
 
-_PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "einsum", "baddbmm"})
+_PRODUCTS = frozenset({"matmul", "bmm", "einsum", "baddbmm"})
 _FEWEST, _MOST = 3, 4  # dimensions
 
 
@@ -74,7 +73,7 @@ def is_product(node: fx.Node) -> bool:
 def factors(node: fx.Node) -> Sequence[Any]:
     """The two tensors that a product multiplies."""
     name = operation_name(node)
-    given = [*node.args, *(node.kwargs[n] for n in ("other", "mat2", "batch1", "batch2") if n in node.kwargs)]
+    given = operands(node)
     if name in ("einsum", "baddbmm"):
         given = given[1:]
     return given[0] if given and isinstance(given[0], (list, tuple)) else given[:2]
@@ -101,6 +100,24 @@ def scores(node: fx.Node) -> Scores:
     turned: list[fx.Node] = []
     key = _without_turning(View(right, (*range(rank - 2), rank - 1, rank - 2)), turned)
     return Scores(query=View(left, tuple(range(rank))), key=key, scale=scale, added=added, turned=tuple(turned))
+
+
+def row_maximum(node: fx.Node, source: fx.Node) -> list[fx.Node]:
+    """The nodes of `x.max(-1, keepdim=True).values` in `x - ...`, which a softmax over the same dimension cancels."""
+    first, largest = operands(node)[:2]
+    nodes: list[fx.Node] = []
+    while first is source and isinstance(largest, fx.Node):
+        nodes.append(largest)
+        name, given = operation_name(largest), arguments(largest) or {}
+        if name in ("max", "amax"):
+            dim = given.get("dim")
+            dim = dim[0] if isinstance(dim, list | tuple) and len(dim) == 1 else dim
+            along = dim in (-1, len(_sizes(source)) - 1) and given.get("keepdim") is True
+            return nodes if along and largest.all_input_nodes == [source] else []
+        if not (name == "detach" or (name == "getitem" and largest.args[1] == 0) or name == ".values"):
+            return []
+        largest = largest.args[0]
+    return []
 
 
 def output(node: fx.Node, weights: fx.Node) -> Output:
@@ -179,11 +196,11 @@ def _without_turning(view: View, turned: list[fx.Node]) -> View:
 def _permutation(node: fx.Node) -> tuple[int, ...] | None:
     rank, name = len(_sizes(node)), operation_name(node)
     order = list(range(rank))
-    if node.target is builtins.getattr and node.args[1] == "mT":
+    if name == ".mT":
         name, dims = "transpose", [-2, -1]
-    elif name in ("transpose", "swapaxes", "swapdims", "permute") and not node.kwargs:
-        rest: Sequence[Any] = node.args[1:]
-        dims = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else list(rest)
+    elif name in ("transpose", "permute") and not works_in_place(node):
+        _, *rest = operands(node)
+        dims = list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest
     else:
         return None
     if not all(isinstance(dim, int) for dim in dims):

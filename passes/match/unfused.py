@@ -24,28 +24,23 @@ from torch import fx
 from ..attention_call import NO_GRADIENTS, AttentionCall, ScoreMask, add_calls, constant, fake
 from ..ir.aliasing import Writers, memories, written
 from ..ir.internal_error import internal_error
+from ..ir.ops import arguments, operands, operation_name, works_in_place
 from ..ir.subgraphs import regions
-from ..masks.evaluate import operation_name
 from .layouts import shown
-from .products import Output, Scores, Unclear, View, factors, is_number, is_product, output, scores
+from .products import Output, Scores, Unclear, View, factors, is_number, is_product, output, row_maximum, scores
 from .sdpa import module_path, source_line
 
 _CASTS = frozenset({"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"})
 _RESHAPES = frozenset({"view", "reshape"})
-_TIMES = frozenset({"mul", "imul", "mul_", "multiply"})
-_OVER = frozenset({"truediv", "div", "itruediv", "div_", "divide"})
-_PLUS = frozenset({"add", "iadd", "add_"})
-_FILLS = frozenset({"masked_fill", "masked_fill_"})
-_IN_PLACE = frozenset({"imul", "mul_", "itruediv", "div_", "iadd", "add_", "masked_fill_"})
 # Besides the operations above, what may stand between attention's two products without it being something else.
-_SEEN_THROUGH = _CASTS | _RESHAPES | _TIMES | _OVER | _PLUS | _FILLS | frozenset(
+_SEEN_THROUGH = _CASTS | _RESHAPES | frozenset(
     {
-        "where", "dropout", "sub", "isub", "sub_", "rsub", "tanh", "clamp", "clip", "clone", "detach", "transpose", "permute",
-        "getitem", "nan_to_num", "pow", "neg", "squeeze", "unsqueeze", "tril", "triu",
+        "mul", "div", "add", "masked_fill", "where", "dropout", "sub", "rsub", "tanh", "clamp", "clone", "detach", "transpose",
+        "permute", "getitem", "nan_to_num", "pow", "neg", "squeeze", "unsqueeze", "tril", "triu",
     }
 )  # fmt: skip
 # The same, with other columns than before: a sink's, say, added before the softmax and dropped behind it.
-_COLUMNS = frozenset({"cat", "concat", "pad", "getitem", "narrow"})
+_COLUMNS = frozenset({"cat", "pad", "getitem", "narrow"})
 _FEWEST = 3  # dimensions of scores
 _FARTHEST = 12  # operations between a product and the softmax
 _OWN_COLUMNS = (
@@ -154,6 +149,7 @@ class _Path:
     dropout_p: float = 0.0
     mask: Any = None
     form: ScoreMask | None = None
+    aside: list[fx.Node] = field(default_factory=list)  # nodes beside that way, which the softmax cancels
 
 
 def _understood(
@@ -164,7 +160,7 @@ def _understood(
         out = output(call.node, weights)
         _follow_weights(weights, softmax, path)
         asked = _follow_scores(softmax, path)
-        _used_alone(call.node, path.nodes)
+        _used_alone(call.node, path.nodes, path.aside)
         _check_arguments(asked, out, path, call.node, gradients=gradients)
         views: list[fx.Node] = []
         query, key, value = (
@@ -185,7 +181,7 @@ def _understood(
         dropout_p=path.dropout_p,
         scale=scale,
         enable_gqa=_one_head(asked.key) and _one_head(out.value) and not _one_head(asked.query),
-        own_nodes=tuple((node, call.region) for node in (*path.nodes, *asked.turned)),
+        own_nodes=tuple((node, call.region) for node in (*path.nodes, *path.aside, *asked.turned)),
         views=tuple(views),
         steps=out.steps,
     )
@@ -226,16 +222,18 @@ def _follow_scores(softmax: fx.Node, path: _Path) -> Scores:
         if name in _COLUMNS:
             raise Unclear(*_OWN_COLUMNS)
         source = _source(node)
-        if name in _TIMES or name in _OVER:
+        if name == "sub" and (largest := row_maximum(node, source)):
+            path.aside += largest
+        elif name in ("mul", "div"):
             factor = _factor(node, source)
             if isinstance(factor, fx.Node):
                 if path.symbol is not None:
                     raise Unclear("its scale is made of several numbers that are computed in the graph", "multiply them first")
-                path.symbol, path.over = factor, name in _OVER
+                path.symbol, path.over = factor, name == "div"
             else:
-                path.scale *= 1 / factor if name in _OVER else factor
+                path.scale *= 1 / factor if name == "div" else factor
             scaled = True
-        elif name in _PLUS or name in _FILLS or name == "where":
+        elif name in ("add", "masked_fill", "where"):
             _take_mask(node, source, path, scaled=scaled)
         elif not _is_plain(node, source):
             if name == "tanh":
@@ -256,7 +254,7 @@ def _follow_scores(softmax: fx.Node, path: _Path) -> Scores:
 def _source(node: fx.Node) -> fx.Node:
     """The scores that an operation changes: the input with the product of query and key behind it."""
     found = [x for x in node.all_input_nodes if _shape_or_reshaped(node, x) and _behind(x, is_product) is not None]
-    if operation_name(node) in _IN_PLACE and found and found[0] is not node.args[0]:
+    if works_in_place(node) and found and found[0] is not node.args[0]:
         raise Unclear(f"{node.name} writes its scores into another tensor")
     if len(found) != 1:
         raise Unclear(f"its scores are changed by {node.name}" if not found else f"{node.name} adds scores to scores")
@@ -268,7 +266,8 @@ def _shape_or_reshaped(node: fx.Node, source: fx.Node) -> bool:
 
 
 def _first(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
+    given = operands(node)
+    return given[0] if given else None
 
 
 def _is_plain(node: fx.Node, source: Any) -> bool:
@@ -283,8 +282,7 @@ def _is_plain(node: fx.Node, source: Any) -> bool:
 
 def _check_softmax(node: fx.Node) -> None:
     tensor = fake(node)
-    given = [*node.args[1:2], *(node.kwargs[name] for name in ("dim",) if name in node.kwargs)]
-    if tensor is None or len(given) != 1 or given[0] not in (-1, tensor.dim() - 1):
+    if tensor is None or (arguments(node) or {}).get("dim") not in (-1, tensor.dim() - 1):
         raise Unclear("its softmax does not go over the keys")
 
 
@@ -299,17 +297,18 @@ def _dropout(node: fx.Node, before: float) -> float:
 
 
 def _factor(node: fx.Node, source: fx.Node) -> float | fx.Node:
-    others = [x for x in node.args if x is not source]
-    if node.kwargs or len(node.args) != 2 or len(others) != 1:
+    values, over = operands(node), operation_name(node) == "div"
+    others = [x for x in values if x is not source]
+    if len(values) != 2 or len(others) != 1:
         raise Unclear(f"its scale, {node.name}, is not understood", "multiply by a Python number")
     factor, symbol = constant(others[0]), others[0]
     symbolic = isinstance(symbol, fx.Node) and isinstance(factor, torch.SymFloat | torch.SymInt)
-    if symbolic and (operation_name(node) not in _OVER or node.args[0] is source):
+    if symbolic and (not over or values[0] is source):
         assert isinstance(symbol, fx.Node)
         return symbol
     if fake(others[0]) is not None or not is_number(factor):
         raise Unclear(f"its scale {others[0]} is computed in the graph", "give a Python number, such as head_dim ** -0.5")
-    if operation_name(node) in _OVER and (node.args[0] is not source or factor == 0):
+    if over and (values[0] is not source or factor == 0):
         raise Unclear(f"{node.name} divides by the scores")
     return float(factor)
 
@@ -329,19 +328,14 @@ def _scale(path: _Path, symbol: fx.Node, before: fx.Node, views: list[fx.Node]) 
 
 def _take_mask(node: fx.Node, source: fx.Node, path: _Path, *, scaled: bool) -> None:
     """Whatever hides keys in one operation on the scores."""
-    name = operation_name(node)
-    given = list(node.args)
-    if name in _FILLS:
-        given = [*given, *(node.kwargs[n] for n in ("mask", "value") if n in node.kwargs)]
+    name, given = operation_name(node), operands(node)
+    if name == "masked_fill":
         if len(given) != 3 or given[0] is not source:
             raise Unclear(f"its mask, {node.name}, is not understood")
         return _mask(node, path, given[1], given[2], hides=True, scaled=scaled)
-    if node.kwargs:
-        raise Unclear(f"its mask, {node.name}, is not understood")
     if name == "where":
-        if node.op == "call_method" or node.target is torch.Tensor.where:
-            given = [given[1], given[0], given[2]]
-        condition, yes, no = given
+        by_name = arguments(node) or {}
+        condition, yes, no = (by_name.get(x) for x in ("condition", "input", "other"))
         hides = no is source
         return _mask(node, path, condition, yes if hides else no, hides=hides, scaled=scaled)
     others = [x for x in given if x is not source]
@@ -354,8 +348,8 @@ def _mask(node: fx.Node, path: _Path, mask: Any, fill: Any, *, hides: bool, scal
     tensor = fake(node)
     if path.mask is not None:
         raise Unclear("it has more than one mask", "combine masks into one; with a bias such as ALiBi it stays dense")
-    if scaled:
-        raise Unclear("its scores are scaled after they are masked", "scale before masking")
+    if scaled and (fill != -math.inf or path.symbol is not None):  # a positive constant leaves -inf as it is
+        raise Unclear("its scores are scaled after they are masked", "scale before masking, or mask with -inf")
     if tensor is None or fake(mask) is None:
         raise Unclear(f"its mask, {node.name}, is not understood")
     if fill is not None and (filling := fake(fill)) is not None and filling.dim():
@@ -367,13 +361,16 @@ def _mask(node: fx.Node, path: _Path, mask: Any, fill: Any, *, hides: bool, scal
 # --- its arguments ----------------------------------------------------------------------------------------------------
 
 
-def _used_alone(out: fx.Node, nodes: Sequence[fx.Node]) -> None:
+def _used_alone(out: fx.Node, nodes: Sequence[fx.Node], aside: Sequence[fx.Node]) -> None:
     """Nothing but the next one may use what is computed on the way, which also rules out that it is changed in place."""
+    for node in aside:
+        if any(user not in (*nodes, *aside) for user in node.users):
+            raise Unclear(f"the largest of its scores ({node.name}) is also used elsewhere")
     for node, user in zip(nodes, (out, *nodes), strict=False):
         for other in node.users:
             if other.op == "output":
                 raise Unclear(f"its attention weights or scores ({node.name}) are returned", "ask for no attention maps")
-            if other is not user:
+            if other is not user and other not in aside:
                 raise Unclear(f"its attention weights or scores ({node.name}) are also used by {other.name}")
 
 

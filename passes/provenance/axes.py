@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from ..attention_call import constant, fake
-from .rows import given, plain_name, sizes
+from ..ir.ops import operation_name
+from .rows import given, sizes
 
 _BATCH, TOKEN, _FEATURE = "bn*"
 
@@ -172,11 +173,9 @@ def _reshaped(node: fx.Node, source: fx.Node, rows: Rows) -> Rows | None:
 def _permuted(node: fx.Node, source: fx.Node, rows: Rows) -> Rows | None:
     """Dimensions in another order: which, the operation itself tells of a tensor with a size of its own for each."""
     marked = torch.empty([sympy.prime(n + 3) for n in range(len(sizes(tensor_of(source))))], device="meta")
-    rest = [constant(x) if isinstance(x, fx.Node) else x for x in node.args[1:]]
-    named = {name: constant(x) for name, x in node.kwargs.items() if name not in ("input", "self")}
-    turned = (
-        getattr(marked, str(rest[0])) if node.target is getattr else getattr(marked, plain_name(node))(*rest, **named)
-    )
+    name = operation_name(node)
+    named = {key: constant(x) for key, x in given(node, "input").items() if key != "input"}
+    turned = getattr(marked, name[1:]) if name.startswith(".") else getattr(marked, name)(**named)
     found: list[tuple[Digit, ...]] = [()] * len(rows.dims)
     for dim, size in enumerate(turned.shape):
         found[list(marked.shape).index(size)] = rows.dims[dim]
@@ -261,7 +260,7 @@ VIEWS: Mapping[str, Callable[[fx.Node, fx.Node, Rows], Rows | None]] = {
         ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel"), _reshaped
     ),
     **dict.fromkeys(
-        ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", ".T", ".mT", ".H", ".mH"),
+        ("transpose", "permute", "movedim", "t", ".T", ".mT", ".H", ".mH"),
         _permuted,
     ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat_interleave", "repeat"), _repeated),

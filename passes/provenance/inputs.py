@@ -27,10 +27,10 @@ from lighthouse_fx.kernels.torch_private import other_names
 from ..attention_call import AttentionCall, Refusal, fake
 from ..ir.aliasing import memories, target_of_write
 from ..ir.internal_error import internal_error
+from ..ir.ops import operation_name
 from ..ir.subgraphs import Caller, Region, regions
 from .axes import Rows, rows_of
 from .operations import step_back
-from .rows import plain_name
 
 _ONE_ARGUMENT = (
     "give the sequence as one argument, from which the module takes queries, keys and values; or give a clone"
@@ -225,7 +225,7 @@ def _of_input(node: fx.Node) -> _Data:
 
 def _is_of_shapes(node: fx.Node) -> bool:
     """Whether nothing but shapes goes into a value: it is a number, or a tensor that was not written to yet."""
-    return isinstance(node.meta.get("example_value"), _NUMBERS) or plain_name(node) in _UNWRITTEN
+    return isinstance(node.meta.get("example_value"), _NUMBERS) or operation_name(node) in _UNWRITTEN
 
 
 def _projected(side: _Side) -> _Side:

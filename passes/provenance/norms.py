@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from ..attention_call import constant, fake
-from .rows import CASTS, FEATURE, HEAD, Place, given, kinds, plain_name, same_shape, sizes
+from ..ir.ops import operation_name
+from .rows import CASTS, FEATURE, HEAD, Place, given, kinds, same_shape, sizes
 
 
 def normalised(node: fx.Node, place: Place | None) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
@@ -33,7 +34,7 @@ def normalised(node: fx.Node, place: Place | None) -> tuple[fx.Node, tuple[fx.No
 
 def without_casts(node: fx.Node, passed: list[fx.Node] | None = None) -> fx.Node:
     """What a node was converted from; the conversions are added to `passed`."""
-    while plain_name(node) in CASTS and node.args and isinstance(node.args[0], fx.Node) and fake(node.args[0]) is not None:
+    while operation_name(node) in CASTS and node.args and isinstance(node.args[0], fx.Node) and fake(node.args[0]) is not None:
         if passed is not None:
             passed.append(node)
         node = node.args[0]
@@ -50,7 +51,7 @@ _Found = tuple[fx.Node, tuple[fx.Node, ...], tuple[int, ...]]  # what is normali
 
 
 def _in_one_call(node: fx.Node) -> _Found | None:
-    name = plain_name(node)
+    name = operation_name(node)
     if name in ("rms_norm", "layer_norm"):
         arguments = given(node, "input", "normalized_shape")
         source, shape = arguments.get("input"), arguments.get("normalized_shape")
@@ -66,10 +67,10 @@ def _in_one_call(node: fx.Node) -> _Found | None:
 
 def _written_out(node: fx.Node) -> _Found | None:
     """`x * rsqrt(...)` or `x / sqrt(...)`, where the factor comes from the length of x along its last dimension."""
-    name = plain_name(node)
-    if name not in ("mul", "multiply", "div", "truediv", "true_divide") or len(node.args) != 2:
+    name = operation_name(node)
+    if name not in ("mul", "div") or len(node.args) != 2:
         return None
-    pairs = [node.args] if name not in ("mul", "multiply") else [node.args, node.args[::-1]]
+    pairs = [node.args] if name == "div" else [node.args, node.args[::-1]]
     for x, factor in pairs:
         if not isinstance(x, fx.Node) or not isinstance(factor, fx.Node) or not same_shape(x, node):
             continue
@@ -77,7 +78,7 @@ def _written_out(node: fx.Node) -> _Found | None:
         if tensor is None or scale is None or sizes(scale) != [*sizes(tensor)[:-1], 1]:
             continue
         measured = _measured(factor)
-        if measured is None or measured[2] != (-1 if name in ("mul", "multiply") else 1):
+        if measured is None or measured[2] != (-1 if name == "mul" else 1):
             continue
         length_of, through, _ = measured
         if without_casts(_centred_from(x)) is without_casts(_centred_from(length_of)):
@@ -89,9 +90,9 @@ def _written_out(node: fx.Node) -> _Found | None:
 def _centred_from(x: fx.Node) -> fx.Node:
     """The tensor whose mean over the last dimension was taken away, as layer norms do, or x itself."""
     centred = without_casts(x)
-    if plain_name(centred) == "sub" and len(centred.args) == 2 and all(isinstance(a, fx.Node) for a in centred.args):
+    if operation_name(centred) == "sub" and len(centred.args) == 2 and all(isinstance(a, fx.Node) for a in centred.args):
         source, mean = centred.args
-        if isinstance(source, fx.Node) and isinstance(mean, fx.Node) and plain_name(mean) == "mean":
+        if isinstance(source, fx.Node) and isinstance(mean, fx.Node) and operation_name(mean) == "mean":
             of = mean.args[0] if mean.args else None
             last = isinstance(of, fx.Node) and _over_last(mean)
             if last and isinstance(of, fx.Node) and without_casts(of) is without_casts(source):
@@ -139,13 +140,13 @@ def _operand(node: fx.Node, name: str) -> tuple[fx.Node, float] | None:
     if name == "pow":
         exponent = node.args[1] if source is first and len(node.args) == 2 else None
         return (source, float(exponent)) if isinstance(exponent, int | float) else None
-    if name in ("div", "truediv", "true_divide") and source is not first:
+    if name == "div" and source is not first:
         return source, -1.0
     return (source, _POWERS[name]) if name in _POWERS else None
 
 
 def _name(node: fx.Node) -> str:
-    return plain_name(node) or str(getattr(node.target, "__name__", ""))
+    return operation_name(node) or str(getattr(node.target, "__name__", ""))
 
 
 def _only_adds_dimensions(index: Any) -> bool:
@@ -154,11 +155,11 @@ def _only_adds_dimensions(index: Any) -> bool:
 
 
 def _squared(node: fx.Node) -> fx.Node | None:
-    name, first = plain_name(node), node.args[0] if node.args else None
+    name, first = operation_name(node), node.args[0] if node.args else None
     squares = (
         name == "square"
         or (name == "pow" and len(node.args) == 2 and node.args[1] == 2)
-        or (name in ("mul", "multiply") and len(node.args) == 2 and node.args[1] is first)
+        or (name == "mul" and len(node.args) == 2 and node.args[1] is first)
     )
     return first if squares and isinstance(first, fx.Node) else None
 
@@ -181,6 +182,6 @@ def _over_last(node: fx.Node) -> bool:
 _REDUCTIONS = {"mean": 1, "sum": 1, "var": 1, "std": 1, "norm": 2, "linalg_vector_norm": 2, "linalg_norm": 2}
 # The power to which an operation raises a length, as far as it depends on the length at all.
 _POWERS = {
-    **dict.fromkeys(("add", "mul", "div", "truediv", "true_divide", "clamp", "clamp_min", "clip", "maximum"), 1.0),
+    **dict.fromkeys(("add", "mul", "div", "clamp", "clamp_min", "maximum"), 1.0),
     "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0,
 }  # fmt: skip

@@ -17,8 +17,9 @@ from torch import fx
 from lighthouse_fx.kernels.torch_private import OpOverloadPacket
 
 from ..attention_call import constant, fake
+from ..ir.ops import operation_name
 from .axes import TOKEN, VIEWS, Rows, aligned, at, of_features, same_rows, sliced, tensor_of
-from .rows import CASTS, given, plain_name, sizes
+from .rows import CASTS, given, sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def _step(node: fx.Node, name: str, rows: Rows, varies: Callable[[Any], bool]) -
         return None if place is None else Step(((source, place),))
     if name in _PRODUCTS:
         return _product(node, name, rows, [x for x in tensors if varies(x)])
-    if name in ("cat", "concat", "hstack", "stack"):
+    if name in ("cat", "hstack", "stack"):
         return _parts(node, name, rows)
     if name == "embedding":
         return Step(((source, Rows(rows.dims[:-1])),), projects=True) if of_features(rows.dims[-1]) else None
@@ -89,11 +90,11 @@ def _step(node: fx.Node, name: str, rows: Rows, varies: Callable[[Any], bool]) -
 def _name(node: fx.Node) -> str:
     if node.target is getattr:
         return f".{node.args[1]}"
-    return plain_name(node) or str(getattr(node.target, "__name__", node.target))
+    return operation_name(node) or str(getattr(node.target, "__name__", node.target))
 
 
 def _is_pointwise(name: str) -> bool:
-    packet = getattr(torch.ops.aten, _ATEN.get(name, name), None)
+    packet = getattr(torch.ops.aten, name, None)
     if name in CASTS or name == "dropout":
         return True
     if not isinstance(packet, OpOverloadPacket):
@@ -186,7 +187,7 @@ def _chosen(node: fx.Node, rows: Rows, varies: Callable[[Any], bool]) -> Step | 
     return None if place is None else Step(((source, place),))
 
 
-_PRODUCTS = frozenset({"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum"})
+_PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum"})
 # These take rows from elsewhere, or make each of many.
 _MOVES = frozenset(
     {
@@ -202,12 +203,3 @@ _ROW_BY_ROW = frozenset(
         "linalg_vector_norm", "amax", "amin", "view_as_real", "view_as_complex",
     }
 )  # fmt: skip
-_ATEN = {
-    "truediv": "div",
-    "iadd": "add",
-    "isub": "sub",
-    "imul": "mul",
-    "itruediv": "div",
-    "divide": "div",
-    "multiply": "mul",
-}

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..attention_call import constant, fake
-from ..masks.evaluate import operation_name
+from ..ir.ops import arguments, operation_name
 
 BATCH, HEAD, TOKEN, FEATURE = "bhn*"
 
@@ -62,10 +62,10 @@ def kinds(place: Place, dim: int) -> set[str]:
 
 def step_back(node: fx.Node, place: Place | None) -> Step | None:
     """One operation back; None where it does more than move rows, or mixes them."""
-    name = plain_name(node)
+    name = operation_name(node)
     if name in _POINTWISE:
         return _pointwise(node, place)
-    if name in ("cat", "concat", "stack"):
+    if name in ("cat", "stack"):
         return _parts(node, place, stacked=name == "stack")
     if name == "getitem" and isinstance(node.args[0], fx.Node) and fake(node.args[0]) is None:
         return _chunk(node, node.args[0], place)
@@ -82,15 +82,10 @@ def step_back(node: fx.Node, place: Place | None) -> Step | None:
     return Step(((source, before),))
 
 
-def plain_name(node: fx.Node) -> str:
-    """The operation's name without what says that it works in place."""
-    name = operation_name(node)
-    return _IN_PLACE.get(name, name) if node.op == "call_function" else name.rstrip("_")
-
-
 def given(node: fx.Node, *names: str) -> dict[str, Any]:
-    """A node's arguments by name."""
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    """A node's arguments by name, by these names in order where no schema has others."""
+    found = arguments(node)
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs) if found is None else found
 
 
 def origin(node: fx.Node, place: Place) -> Place:
@@ -99,8 +94,8 @@ def origin(node: fx.Node, place: Place) -> Place:
     There may be more features than theirs, as where one tensor holds queries, keys and values.
     """
     while True:
-        cut = node.args[0] if plain_name(node) == "getitem" else None
-        if isinstance(cut, fx.Node) and plain_name(cut) == "unbind" and (source := _source_of_many(cut)) is not None:
+        cut = node.args[0] if operation_name(node) == "getitem" else None
+        if isinstance(cut, fx.Node) and operation_name(cut) == "unbind" and (source := _source_of_many(cut)) is not None:
             dim, before = constant(given(cut, "input", "dim").get("dim", 0)), sizes(_tensor(source))
             if not isinstance(dim, int):
                 return place
@@ -150,7 +145,7 @@ def _tensor(node: fx.Node) -> torch.Tensor:
 
 def _pointwise(node: fx.Node, place: Place | None) -> Step | None:
     """Rows lie in the operands of the full shape; what is broadcast, such as weights, holds none."""
-    name = plain_name(node)
+    name = operation_name(node)
     values = list(node.all_input_nodes)
     rows = [value for value in values if same_shape(value, node) and (name not in _BY_FIRST or value is node.args[0])]
     sides = [] if name in CASTS else [value for value in values if value not in rows]
@@ -173,7 +168,7 @@ def _parts(node: fx.Node, place: Place | None, *, stacked: bool) -> Step | None:
 
 def _chunk(node: fx.Node, cut: fx.Node, place: Place | None) -> Step | None:
     """`x.chunk(2, -1)[i]`, `x.split(sizes, -1)[i]` and `x.unbind(-1)[i]`"""
-    name, source = plain_name(cut), _source_of_many(cut)
+    name, source = operation_name(cut), _source_of_many(cut)
     if name not in ("chunk", "split", "split_with_sizes", "tensor_split", "unbind") or source is None:
         return None
     names = ("input", "dim") if name == "unbind" else ("input", "sections", "dim")
@@ -243,7 +238,7 @@ def _merged(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
 
 
 def _transposed(node: fx.Node, before: Sequence[Any], place: Place) -> Place | None:
-    dims: list[Any] = list(node.args[1:]) or [node.kwargs.get(name) for name in ("dim0", "dim1")]
+    dims: list[Any] = [given(node, "input", "dim0", "dim1").get(name) for name in ("dim0", "dim1")]
     if len(dims) != 2 or not all(isinstance(dim, int) for dim in dims):
         return None
     moved = list(place)
@@ -253,8 +248,7 @@ def _transposed(node: fx.Node, before: Sequence[Any], place: Place) -> Place | N
 
 
 def _permuted(node: fx.Node, before: Sequence[Any], place: Place) -> Place | None:
-    dims: Any = node.kwargs.get("dims", node.args[1:])
-    dims = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
+    dims: Any = given(node, "input", "dims").get("dims", ())
     if len(dims) != len(place) or not all(isinstance(dim, int) for dim in dims):
         return None
     moved = list(place)
@@ -301,7 +295,7 @@ def _as_real(node: fx.Node, before: Sequence[Any], place: Place) -> Place | None
 
 _REARRANGED: Mapping[str, Callable[[fx.Node, Sequence[Any], Place], Place | None]] = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshaped),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transposed),
+    "transpose": _transposed,
     "permute": _permuted,
     "getitem": _indexed,
     "view_as_complex": _as_complex,
@@ -312,8 +306,5 @@ _NOT_FOLLOWED = frozenset({"expand", "expand_as", "repeat_interleave", "repeat",
 CASTS = frozenset(
     {"to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone", "detach", "alias"}
 )
-_BY_FIRST = CASTS | {"div", "truediv", "true_divide"}  # what is divided by, or converted to, holds no rows
-_POINTWISE = CASTS | {
-    "add", "sub", "rsub", "mul", "multiply", "div", "truediv", "true_divide", "neg", "negative", "addcmul",
-}  # fmt: skip
-_IN_PLACE = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv"}
+_BY_FIRST = CASTS | {"div"}  # what is divided by, or converted to, holds no rows
+_POINTWISE = CASTS | {"add", "sub", "rsub", "mul", "div", "neg", "addcmul"}

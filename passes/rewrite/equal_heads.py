@@ -28,20 +28,20 @@ from torch import fx
 from ..attention_call import AttentionCall, fake, for_each_call
 from ..ir.aliasing import Writers, memories, written
 from ..ir.internal_error import internal_error
-from ..masks.evaluate import is_one, operation_name
+from ..ir.ops import operation_name
+from ..masks.evaluate import is_one
 from ..provenance.rows import sizes
 
 # Operations whose result at a place depends only on their arguments at that place, none of which they write to.
 _PLACE_BY_PLACE = frozenset(
     {
-        "add", "sub", "mul", "multiply", "truediv", "div", "divide", "neg", "to", "type", "type_as", "float", "double", "half",
+        "add", "sub", "mul", "div", "neg", "to", "type", "type_as", "float", "double", "half",
         "bfloat16", "contiguous", "clone", "pow", "rsqrt", "sqrt", "square", "silu", "sigmoid", "tanh", "relu", "gelu",
     }
 )  # fmt: skip
 _EXPANDS = frozenset({"expand", "expand_as", "broadcast_to"})
 _RESHAPES = frozenset({"reshape", "view", "flatten"})
 _NORMS = frozenset({"rms_norm", "layer_norm"})  # of the last dimensions, with weights for these
-_SWAPS = frozenset({"transpose", "swapaxes", "swapdims"})
 _EVERY = 0  # all entries along a dimension are equal: divisible by any length of a run, as gcd and % have it
 _HEADS = 1
 
@@ -118,7 +118,7 @@ class _Runs:
             return self._broadcast(source, tensor, dim)
         if name in _RESHAPES:
             return self._reshaped(source, sizes(before), sizes(tensor), dim)
-        if name in _SWAPS:
+        if name == "transpose":
             swapped = [x % tensor.dim() for x in node.args[1:] if isinstance(x, int)]
             return self.along(source, sum(swapped) - dim if dim in swapped else dim) if len(swapped) == 2 else 1
         if name in _NORMS and len(node.args) > 1 and isinstance(node.args[1], (tuple, list)):

@@ -19,7 +19,8 @@ from torch import fx
 from ..attention_call import AttentionCall, constant, fake, for_each_call
 from ..ir.aliasing import Writers, memories, written
 from ..ir.internal_error import internal_error
-from ..masks.evaluate import is_one, operation_name
+from ..ir.ops import operation_name
+from ..masks.evaluate import is_one
 
 
 def undo_repeated_heads(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
