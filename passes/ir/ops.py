@@ -35,7 +35,7 @@ _ALIASES = {
 }  # fmt: skip
 _BINARY = frozenset({*_OPERATORS, "add", "sub", "mul", "matmul", "pow", "lshift", "rshift"})
 _COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne"})
-_NAMES = {"self": "input", "axis0": "dim0", "axis1": "dim1"}
+_NAMES = {"self": "input", "t": "data", "axis0": "dim0", "axis1": "dim1"}
 
 
 def operation_name(node: fx.Node) -> str:

@@ -157,7 +157,7 @@ def _bound(node: fx.Node, parameters: Sequence[str]) -> dict[str, Any]:
     """A node's arguments by name. Those that this module does not know of are refused."""
     names = [name for name in parameters if name != REST]
     given = arguments(node)
-    if given is None or (names and names[0] not in given and node.args):
+    if given is None:
         given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
         many = len(node.args) > len(names) and REST not in parameters
     else:

@@ -63,9 +63,9 @@ def _prove(call: AttentionCall, writers: Callable[[], Writers]) -> AttentionCall
     try:
         bands, last, visited = _seen(call, writers())
     except Unproven as why:
+        if _shows(call) and why.node is not None and _within(call).bands[0][1] < math.inf:
+            return call.refuse(f"attn_mask hides earlier tokens: {why}", _remedy(call))
         if _shows(call) and (why.false & Diagonals(((0, math.inf),)) & _within(call)).bands:
-            if why.node is not None:
-                return call.refuse(f"attn_mask hides earlier tokens: {why}", _remedy(call))
             return call.refuse(f"attn_mask hides earlier tokens, as a sliding window does; besides, {why}", _remedy(call))
         return _in_doubt(call, str(why))
     except Exception as error:

@@ -179,6 +179,8 @@ def _floor_divided(wanted: Wanted) -> Element:
     value, divisor = (wanted.operand(wanted.arguments[name]) for name in ("input", "other"))
     if not isinstance(value, Affine) or not isinstance(divisor, Affine) or divisor.terms or divisor.constant <= 0:
         raise Unproven("it divides by something other than a constant number of positions")
+    if divisor.constant == 1:
+        return value
     quotient = wanted.elements.constant_quotient(value, divisor.constant)
     return Quotient(value, divisor.constant) if quotient is None else element(quotient)
 

@@ -189,9 +189,7 @@ class Inputs:
                 met.ends[where] = side
                 continue
             met.mixed |= step.mixes
-            if step.projects or (
-                step.mixes and any(self._data[x].matrix for x in node.all_input_nodes if x in self._data)
-            ):
+            if (step.projects or step.mixes) and any(self._data[x].matrix for x in node.all_input_nodes):
                 side = _projected(side)
             for operand, place in step.operands:
                 add(operand, place, side, region)
