@@ -63,7 +63,7 @@ def stock_attention(
         out, lse, *_ = efficient_attention_forward(query, key, value, None, True, 0.0, is_causal, scale=scale)
         return _token_layout(out), lse[:, :, : query.shape[2]].contiguous(), nothing
     rows = [_as_rows(x, bounds) for x in (query, key, value)]
-    out, lse, state, _, _ = flash_attention_forward(
+    out, lse, state, *_ = flash_attention_forward(
         *rows, bounds, bounds, longest, longest, dropout_p, is_causal, False, scale=scale, **_sides(window, is_causal)
     )
     batch, heads, length = query.shape[:3]

@@ -102,9 +102,9 @@ def _attention_and_lse(
                 query, key, value, is_causal=is_causal, scale=scale, dropout_p=dropout_p, segments=segments
             )
         batch, groups, gathered = segments.shape
-        apart = [x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (query, key, value)]  # [B * G, R or 1, S, D]
+        query, key, value = (x.unflatten(1, (groups, -1)).flatten(0, 1) for x in (query, key, value))  # [B * G, R or 1, S, D]
         bounds = bounds_of(segments, batch * groups * (most + 1), most)
-        out, lse = _stock(*apart, bounds, gathered, 0, dropout_p, is_causal, scale, "flash")
+        out, lse = _stock(query, key, value, bounds, gathered, 0, dropout_p, is_causal, scale, "flash")
         return out.unflatten(0, (batch, groups)).flatten(1, 2), lse.unflatten(0, (batch, groups)).flatten(1, 2)
     chosen = _chosen(query, value, dropout_p, kernel)
     if chosen is None:
@@ -135,7 +135,8 @@ def _chosen(query: Tensor, value: Tensor, dropout_p: float, kernel: str) -> str 
 
 
 def _flash_is_on() -> bool:
-    return torch.backends.cuda.flash_sdp_enabled()
+    on: bool = torch.backends.cuda.flash_sdp_enabled()
+    return on
 
 
 def _stock(
