@@ -161,10 +161,12 @@ class FunctionalGraphs:
             )  # fmt: skip
             q, k = (x.detach() if raw is None else raw for x, raw in zip((query, key), scored, strict=True))
             pyramid = pyramid_over(query.shape[2], config)
-            entries, slots = select(
-                q, k, value.detach(), config.levels, config.pooling, pyramid.topk, pyramid.quota or 0, config.keep_first,
-                config.causal_selection, config.scorer, config.dilation, is_causal, scale, REVISION, starts,
-            )  # fmt: skip
+            entries = slots = key.new_empty(*key.shape[:2], 0, dtype=torch.int32)
+            if config.levels:
+                entries, slots = select(
+                    q, k, value.detach(), config.levels, config.pooling, pyramid.topk, pyramid.quota or 0, config.keep_first,
+                    config.causal_selection, config.scorer, config.dilation, is_causal, scale, REVISION, starts,
+                )  # fmt: skip
             noted = ObservedCall(True, record, (query, key, value), out, entries, slots, scored)
             noted.scale, noted.is_causal, noted.dropout_p, noted.starts = scale, is_causal, dropout_p, starts
             noted.dense, noted.unknown, noted.steps, noted.projection = apart, unknown, call.steps, projection

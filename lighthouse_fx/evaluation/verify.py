@@ -26,7 +26,8 @@ from lighthouse_fx.backend import rewrite
 from lighthouse_fx.frontend.existing_compilation import setting_of
 from lighthouse_fx.frontend.explain import compile_anew
 from lighthouse_fx.kernels import reference
-from lighthouse_fx.kernels.packed.attention import attention_in_documents
+from lighthouse_fx.kernels.packed.attention import attention_in_documents, segments_of
+from lighthouse_fx.kernels.reference import local as plain
 from lighthouse_fx.kernels.torch_private import pytree, run_backward
 from lighthouse_fx.passes import CALLS
 from lighthouse_fx.passes.config import LighthouseConfig
@@ -41,6 +42,9 @@ from .functional_calls import FunctionalGraphs, unpaired
 from .observed_calls import ObservedCall, Observer
 from .plain_attention import without_flash_attn
 from .verification_result import Check, Quantity, Verification, difference
+
+# Where an op that gives entries' output to tokens takes the selection.
+_SELECTION_OF = {torch.ops.lighthouse_fx.scatter.default: slice(1, 3), torch.ops.lighthouse_fx.merge.default: slice(4, 6)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +156,8 @@ def _observe(gm: fx.GraphModule, records: Sequence[AttentionRecord], observer: O
                 with graph.inserting_after(nodes[-1]):
                     graph.call_function(_noting_dense(observer, record))
                 continue
-            scatter = next((x for x in nodes if x.target is torch.ops.lighthouse_fx.scatter.default), None)
-            selection = scatter.args[1:3] if scatter is not None else (None, None)
+            gives = next((x for x in nodes if x.target in _SELECTION_OF), None)
+            selection = gives.args[_SELECTION_OF[gives.target]] if gives is not None else (None, None)
             tensors = [_alone(x, nodes) for x in (call.query, call.key, call.value)]
             with graph.inserting_after(nodes[-1]):
                 graph.call_function(
@@ -331,7 +335,18 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
     tensors = [x.detach().cpu() for x in b.tensors]
     entries, slots, starts = entries.cpu(), slots.cpu(), None if b.starts is None else b.starts.cpu()
     pyramid = pyramid_over(tensors[0].shape[2], config)
+    local = None
+    if config.local_window:
+        scale = tensors[0].shape[-1] ** -0.5 if b.scale is None else b.scale
+        local = plain.local_attention(*tensors, config.local_window, is_causal=b.is_causal, scale=scale, starts=starts)
+    if config.levels == 0 and local is not None:
+        return _laid_out_as(b, local[0])
     q, k, v = (reference.gather(x, entries, pyramid) for x in tensors)  # [B, H or G, S, D]
+    if local is not None:
+        segments = None if starts is None else segments_of(entries, starts, pyramid)
+        out, lse = plain.attention_and_lse(q, k, v, is_causal=b.is_causal, scale=scale, segments=segments)
+        merged, _ = reference.merge(out, lse, *local, slots, pyramid, is_causal=b.is_causal, starts=starts)
+        return _laid_out_as(b, merged)
     if starts is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=b.is_causal, scale=b.scale, enable_gqa=True)
     else:
@@ -340,5 +355,9 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
             config.max_documents, config.kernel,
         )  # fmt: skip
     out = reference.scatter(out, slots, pyramid, is_causal=b.is_causal, starts=starts)
+    return _laid_out_as(b, out)
+
+
+def _laid_out_as(b: ObservedCall, out: Tensor) -> Tensor:
     out = lay_out(out, b.steps, [x if x is None else x.detach().cpu() for x in b.projection])
     return out.to(b.tensors[0].device)

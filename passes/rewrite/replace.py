@@ -9,6 +9,7 @@ output's node, so replacing the node in the graph alone is not enough.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -52,7 +53,7 @@ def insert(function: Callable[..., Any], *arguments: Any, before: fx.Node, meta:
         for node in traced.graph.nodes:
             if node.op == "output":
                 return fx.map_arg(node.args[0], copies.__getitem__)
-            if node not in copies:
+            if node not in copies and not (node.target is operator.getitem and not node.users):  # one of several outputs
                 copies[node] = before.graph.node_copy(node, copies.__getitem__)
                 copies[node].meta = {**meta, "example_value": node.meta.get("val")}
     raise AssertionError("a graph ends with its output")

@@ -1,5 +1,7 @@
 """The local branch against loops in float64: windowed attention, attention with its log-sum-exp, their merge, and all of it."""
 
+from contextlib import nullcontext
+
 import brute_documents
 import brute_force
 import brute_local
@@ -288,3 +290,26 @@ def test_kernel_without_log_sum_exp_is_an_error(kernel):
     tensors = qkv((1, 2, 2, 40, 8, 8))
     with pytest.raises(ValueError, match=f"kernel='{kernel}' is not tried with a local branch.*use kernel='auto'"):
         local_branch.attention_and_lse(*tensors, 0.0, True, None, True, kernel)
+
+
+@pytest.mark.parametrize("fields", [dict(levels=2, topk=8), dict(levels=0)], ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+def test_verified(fields, documents, kernels):
+    """`verify` compares the rewritten graph with the functional form and with the plain twins."""
+    if kernels != "plain":
+        pytest.skip("compiled graphs keep the op")
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(16, 48)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    numbers = torch.tensor([[0] * 30 + [1] * 34])
+    with lighthouse_fx.documents(numbers) if documents else nullcontext():
+        found = lighthouse_fx.verify(Model(), torch.randn(1, 64, 16), config=LighthouseConfig(local_window=8, **fields))
+    assert found.passed and len(found.checks) > 4, str(found)
