@@ -259,7 +259,7 @@ def test_gpu_computes_what_the_mask_says(monkeypatch, levels, heads, dim, kernel
     made = [torch.randn(4, x.shape[1], gathered, dim, dtype=torch.bfloat16) for x in (q, k, v)]
     exact = [x.float().cuda().requires_grad_() for x in made]
     tensors = [x.cuda().requires_grad_() for x in made]
-    segments = attention._segments(entries, starts, pyramid).cuda()
+    segments = attention.segments_of(entries, starts, pyramid).cuda()
     summary = known_documents.summary(starts) if known else None
     found = attention._attention(
         *tensors, entries.cuda(), starts.cuda(), levels, 4, 256, 0, 0.0, None, True, 70, kernel, summary

@@ -68,7 +68,7 @@ def test_no_selection_has_more_than_the_kernels_are_told(small, cuts, pooling, l
     q, k = torch.randn(2, 4, length, 4), torch.randn(2, 2, length, 4)
     entries, _ = OPS.select(q, k, k, levels, pooling, topk, quota or 0, True, True, "norm", 64, True, None, REVISION, starts)
     pyramid = Pyramid(length=length, levels=levels, pooling=pooling, topk=topk, quota=quota)
-    segments = attention._segments(entries, starts, pyramid)
+    segments = attention.segments_of(entries, starts, pyramid)
     known = plan.summary(starts)
     told = plan.plan(known, pyramid, batch=2, groups=2, most=256, cudnn=cudnn)
     longest = varlen.longest_of(segments, starts, 256, in_front=levels > 1)
@@ -102,7 +102,7 @@ def test_documents_across_tiles_have_more_entries_than_one_that_is_a_tile():
     starts = starts_of((2048, 300, *[2048] * 6, 1748))
     q, k = torch.randn(2, 1, 2, 16_384, 4, generator=generator).unbind()
     entries, _ = OPS.select(q, k, k, 3, 4, 1024, 0, True, True, "norm", 64, True, None, REVISION, starts)
-    bounds = varlen.bounds_of(attention._segments(entries, starts, pyramid), 2 * 257, 256)
+    bounds = varlen.bounds_of(attention.segments_of(entries, starts, pyramid), 2 * 257, 256)
     told = plan.plan(plan.summary(starts), pyramid, batch=1, groups=2, most=256, cudnn=True)
     of_a_tile = plan.entries_at_most(0, 2048, pyramid)
     assert of_a_tile < bounds.diff().max() <= told.longest <= 2 * of_a_tile
