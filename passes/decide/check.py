@@ -38,6 +38,7 @@ from ..attention_call import (
     for_each_call,
 )
 from ..config import LighthouseConfig
+from ..ir.subgraphs import Region
 from ..masks.evaluate import is_one
 from ..provenance.inputs import Inputs
 from ..provenance.rows import BATCH, TOKEN, origin, place_in
@@ -140,7 +141,7 @@ def _supported(call: AttentionCall, inputs: Callable[[], Inputs]) -> AttentionCa
     for name, x in (("query", query), ("key", key), ("value", value)):
         if problem := tensor_problem(name, x):
             return call.refuse(problem)
-    if _in_functorch(call.node):
+    if _in_functorch(call.node, call.region):
         return call.refuse("inside a torch.func transform, such as vmap or grad", "apply it outside the compiled model")
     if call.mask is not None:
         return call.refuse("explicit attn_mask, not proved to be only causal", "pass is_causal=True and no attn_mask")
@@ -244,8 +245,13 @@ def _fewer(config: LighthouseConfig) -> str:
     return f"give {'a smaller quota, ' if config.quota else ''}a topk, more levels or a larger pooling"
 
 
-def _in_functorch(node: fx.Node) -> bool:
-    """Whether a transform (`torch.func.vmap`, `grad`, ...) is open at this node: Dynamo brackets it by these calls."""
+def _in_functorch(node: fx.Node, region: Region) -> bool:
+    """Whether a transform (`torch.func.vmap`, `grad`, ...) is open at a node: Dynamo brackets it by these calls.
+
+    It may be open where the node's subgraph is called.
+    """
+    if any(_in_functorch(caller.node, caller.region) for caller in region.callers):
+        return True
     depth = 0
     for other in node.graph.nodes:
         if other is node:

@@ -34,6 +34,7 @@ _MOVED_IN_PLACE = frozenset({"unsqueeze", "squeeze", "t", "transpose"})
 _READING_THEIR_SHAPE = frozenset(
     {"unsqueeze", "squeeze", "view", "reshape", "view_as", "reshape_as", "unflatten", "repeat", "getitem"}
 )
+_CHOOSING = frozenset({"scatter", "scatter_add", "index_put", "masked_scatter", "gather", "topk"})
 _WITHOUT_EFFECT = frozenset({"requires_grad", "pin_memory", "memory_format", "non_blocking", "copy"})
 
 
@@ -90,7 +91,9 @@ class Elements:
         if node.op == "placeholder":
             return self._operand(node, region, coordinates)
         if (name := overload(node)) not in self._operations:
-            raise Unproven(f"it depends on {node.format_node() if node.op == 'get_attr' else name or node.name}")
+            what = node.format_node() if node.op == "get_attr" else name or node.name
+            chosen = ", as a mask of chosen keys (sparse attention) does" if name in _CHOOSING else ""
+            raise Unproven(f"it depends on {what}{chosen}")
         if name in _READING_THEIR_SHAPE and len(coordinates) != len(_shape(node)):
             raise Unproven(f"{node.name} has another shape by the end of the graph")
         handler, parameters = self._operations[name]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lighthouse_fx.kernels.torch_private import GuardOnDataDependentSymNode, is_traceable_wrapper_subclass
+from lighthouse_fx.kernels.torch_private import GuardOnDataDependentSymNode, bounds, is_traceable_wrapper_subclass
 
 from ..attention_call import AttentionCall, Refusal, ScoreMask, fake, for_each_call
 from ..ir.aliasing import Writers, written
@@ -171,8 +171,8 @@ def _seen(call: AttentionCall, writers: Writers) -> tuple[_Bands | None, float, 
 def _within(call: AttentionCall) -> Diagonals:
     """All diagonals that a call's mask has, as far as its length is known."""
     query = fake(call.query)
-    length = query.shape[2] if query is not None else None
-    last = length - 1 if isinstance(length, int) else math.inf
+    most = bounds(query.shape[2])[1] if query is not None else _ANY_LENGTH
+    last = most - 1 if most < _ANY_LENGTH else math.inf
     return Diagonals(((-last, last),))
 
 

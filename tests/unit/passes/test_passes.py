@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from graphs import OPS, B, D, G, H, N, assert_refused, gathered_heads, heads, only_call, targets, traced
 from small_models import CONFIG, FIELDS, Block, Model, causal, inputs, passes_only
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
@@ -146,6 +147,16 @@ def test_functional_form_is_not_rewritten_twice():
     (gm,) = traced(lambda q: lighthouse_fx.lighthouse_attention(q, q, q, is_causal=True, config=CONFIG), q)
     assert all("already Lighthouse" in call.refusal.reason for call in gm.meta[CALLS])
     assert targets(gm).count(OPS.select.default) == 1
+
+
+def test_a_checkpoint_inside_vmap_is_left_for_the_transform():
+    def attention(q):
+        return checkpoint(lambda q: F.scaled_dot_product_attention(q, q, q), q, use_reentrant=False)
+
+    q = torch.randn(3, B, H, N, D, requires_grad=True)
+    for gm in traced(torch.vmap(attention), q):
+        for call in gm.meta[CALLS]:
+            assert call.refusal is not None and "torch.func transform" in call.refusal.reason
 
 
 def test_inside_vmap_is_left():

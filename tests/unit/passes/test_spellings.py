@@ -230,3 +230,24 @@ def test_a_tensor_read_before_its_shape_changed_is_not_relied_on():
     call = call_of(by_mask(build))
     assert not call.rewritten or torch.equal(build(), lower()), x.shape
     assert not call.rewritten and "changed in place" in call.reason
+
+
+def test_a_mask_of_chosen_keys_is_said_to_be_one():
+    def attention(x):
+        chosen = (x @ x.mT).topk(8, -1).indices
+        mask = torch.zeros(1, 2, N, N, dtype=torch.bool).scatter(-1, chosen, True)
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    assert "depends on scatter, as a mask of chosen keys (sparse attention) does" in call_of(attention).reason
+
+
+def test_a_window_longer_than_any_length_is_no_sliding_window():
+    def attention(x):
+        at = torch.arange(x.shape[2])
+        far = at[:, None] - at
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=(far >= 0) & (far < 512))
+
+    x = torch.randn(1, 2, 4 * N, 16, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 2, min=128, max=512)
+    (call,) = lighthouse_fx.explain(attention, x, config=CONFIG).calls
+    assert call.rewritten and call.is_causal, call.reason
