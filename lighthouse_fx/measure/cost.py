@@ -80,8 +80,13 @@ def predict(shape: LayerShape, config: LighthouseConfig, card: Card) -> Cost:
     """The cost of a Lighthouse layer.
 
     Raises:
-        ValueError: the card's rates are not of the layer's dtype.
+        ValueError: the card's rates are not of the layer's dtype, or there is a local branch, which is not in the model.
     """
+    if config.local_window:
+        raise ValueError(
+            f"local_window={config.local_window}: the cost model knows no local branch. Measure such a layer with "
+            "benchmarks/local_branch.py, or give local_window=0"
+        )
     gathered = int(pyramid_over(shape.length, config).gathered)
     around = traffic(shape, gathered) / card.bandwidth + card.start
     return Cost(

@@ -105,8 +105,13 @@ def measure_layer(
 
     Raises:
         AssertionError: the layer's output or a gradient is not what plain PyTorch computes: no figure is worth anything then.
-        ValueError: the layer would stay dense.
+        ValueError: the layer would stay dense, or it has a local branch.
     """
+    if config.local_window:
+        raise ValueError(
+            f"local_window={config.local_window}: this measures a pyramid alone. Measure a local branch with "
+            "benchmarks/local_branch.py, or give local_window=0"
+        )
     pyramid = pyramid_over(shape.length, config)
     gathered = pyramid.gathered
     check_gathers(shape.length, config)

@@ -12,7 +12,7 @@ import torch
 
 from lighthouse_fx import LighthouseConfig
 from lighthouse_fx.measure.cost import H100, measure_card, predict, predict_dense
-from lighthouse_fx.measure.layer import LayerShape
+from lighthouse_fx.measure.layer import LayerShape, measure_layer
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 SHAPE = LayerShape(length=98_304)
@@ -127,3 +127,11 @@ def test_card_of_this_machine():
     assert card.dtypes == ("float32",)
     assert 1e8 < card.bandwidth < 1e13 and 1e8 < card.matmul < 1e14 and 1e7 < card.attention < 1e14
     assert card.share_of_rate(64) == 1, "a CPU needs no long sequence"
+
+
+def test_a_local_branch_is_refused_not_ignored():
+    config = LighthouseConfig(local_window=512)
+    with pytest.raises(ValueError, match=r"local_window=512: the cost model knows no local branch.*give local_window=0"):
+        predict(SHAPE, config, H100)
+    with pytest.raises(ValueError, match="local_window=512: this measures a pyramid alone"):
+        measure_layer(SHAPE, config, torch.device("cpu"), bandwidth=1.0)
