@@ -225,7 +225,9 @@ def train_tokenizer(source: Source, vocabulary: int, folder: Path) -> None:
         vocab_size=vocabulary, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(source.texts(), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_END, eos_token=_END).save_pretrained(folder)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_END, eos_token=_END).save_pretrained(unfinished)
+    unfinished.replace(folder)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

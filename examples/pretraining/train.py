@@ -9,7 +9,6 @@ The same command goes on from the last checkpoint, on any number of ranks. READM
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import random
@@ -17,8 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from trackers import open_trackers
 from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 import lighthouse_fx
@@ -176,7 +175,7 @@ def make_loader(rows: Rows, prefetch: bool) -> Any:
     return StatefulDataLoader(rows, batch_size=None, num_workers=1)  # more workers would read the same rows again
 
 
-# --- checkpoints and logs ---------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 class Checkpoints:
@@ -222,26 +221,6 @@ class Checkpoints:
         say.info("goes on from %s", found[-1])
 
 
-def open_trackers(settings: Settings, step: int) -> Iterator[Callable[[dict[str, float], int], Any]]:
-    """For each tracker a function that takes values and the step."""
-    for name in settings.trackers:
-        try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                writer = SummaryWriter(str(Path(settings.out) / "tensorboard"), purge_step=step, flush_secs=10)
-                yield lambda values, at, writer=writer: [writer.add_scalar(k, v, at) for k, v in values.items()]
-            elif name in ("wandb", "trackio"):  # the two have one interface
-                tracker = importlib.import_module(name)
-                run = Path(settings.out).name
-                tracker.init(project="lighthouse-fx", name=run, config=asdict(settings), resume="allow")
-                yield lambda values, at, tracker=tracker: tracker.log(values, step=at)
-            else:
-                raise ValueError(f"trackers has {name!r}: give some of tensorboard, wandb and trackio")
-        except ImportError as error:
-            raise ImportError(f"trackers has {name}, which is not installed: pip install {name}") from error
-
-
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +234,8 @@ def main(settings: Settings) -> None:
         )
 
     source = open_source(**settings.data, seed=settings.seed)
+    if settings.tokenizer.keys() not in ({"from"}, {"train"}):
+        raise ValueError(f"tokenizer={settings.tokenizer}: give `train`, such as 8192, or `from`, a name or folder")
     name = settings.tokenizer.get("from")
     if name is None and rank == 0 and not (out / "tokenizer").exists():
         train_tokenizer(source, settings.tokenizer["train"], out / "tokenizer")
@@ -273,7 +254,9 @@ def main(settings: Settings) -> None:
 
     batches = iter(loader)  # its process begins before the log is opened, which one process writes
     log = lighthouse_fx.RunLog(out / "run.jsonl", model=model, seed=settings.seed) if rank == 0 else None
-    trackers = list(open_trackers(settings, schedule.step)) if rank == 0 else []
+    closing = ExitStack()
+    names = settings.trackers if rank == 0 else ()
+    trackers = open_trackers(names, out, step=schedule.step, settings=asdict(settings), closing=closing)
     tokens_of_step = settings.global_batch * settings.sequence_length
 
     def track(values: dict[str, float], step: int) -> None:
@@ -335,6 +318,7 @@ def main(settings: Settings) -> None:
         log.event("exported", step=schedule.step, text=f"{out / 'model'}: loss {loss:.6f} in plain transformers", loss=loss)
         track({"loss/plain_transformers": loss}, schedule.step)
         log.close()
+    closing.close()
     dist.barrier()
     dist.destroy_process_group()
 

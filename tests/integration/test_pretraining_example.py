@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -30,11 +31,12 @@ def imported(name):
     """A module of the example, which is no package."""
     spec = importlib.util.spec_from_file_location(f"pretraining_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for their annotations
     spec.loader.exec_module(module)
     return module
 
 
-data = imported("data")
+data, trackers = imported("data"), imported("trackers")
 
 
 def write_documents(folder, *, count=80, characters=150):
@@ -53,7 +55,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(texts, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
     data.train_tokenizer(data.open_source(text=texts), 300, folder)
     return data.load_tokenizer(folder)
 
@@ -132,6 +134,29 @@ def test_tokenizer_has_a_token_for_each_digit(tokenizer):
     digits = [tokenizer.encode(f"is {digit}.", add_special_tokens=False) for digit in range(10)]
     assert len({len(tokens) for tokens in digits}) == 1 and len({tuple(tokens) for tokens in digits}) == 10
     assert tokenizer.decode(tokenizer.encode("naïve 1234")) == "naïve 1234"
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_the_file_and_of_the_command_line(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    train = imported("train")
+    given = ("steps=20", "optimizer.lr=3e-4", "stages.rewarm_steps=2", "trackers=[]")
+    settings = train.read_settings(str(FOLDER / "small.yaml"), *given)
+    assert (settings.steps, settings.optimizer["lr"], settings.trackers) == (20, 3e-4, [])
+    assert settings.stages == {"fraction": 0.5, "rewarm_steps": 2} and settings.model["type"] == "llama"
+    with pytest.raises(ValueError, match="steps' is no setting: give name=value"):
+        train.read_settings(str(FOLDER / "small.yaml"), "steps")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
+        train.read_settings(str(FOLDER / "small.yaml"), "step=20")
+
+
+def test_tracker_that_is_unknown_or_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, error in (("mlflow", ValueError), ("wandb", ImportError)):
+        with pytest.raises(error, match=name), ExitStack() as closing:
+            trackers.open_trackers([name], tmp_path, step=0, settings={}, closing=closing)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
