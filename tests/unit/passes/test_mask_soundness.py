@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from lighthouse_fx import LighthouseConfig, lighthouse_attention
-from lighthouse_fx.kernels import reference
+from lighthouse_fx.kernels.reference import masks
 from lighthouse_fx.passes.ir import aliasing
 from lighthouse_fx.passes.masks.rules import OPERATIONS
 
@@ -462,7 +462,7 @@ def test_assumed_mask_that_is_causal_passes(name):
 @pytest.mark.parametrize("name", LIES)
 def test_large_mask_is_looked_at_in_parts(name, monkeypatch):
     mask = LIES[name]()
-    monkeypatch.setattr(reference, "_LOOKED_AT", 3 * mask.numel() // M)  # three rows at a time
+    monkeypatch.setattr(masks, "_LOOKED_AT", 3 * mask.numel() // M)  # three rows at a time
     with pytest.raises(ValueError, match=r"^the attn_mask of layer 3 is not the causal mask: for query"):
         torch.ops.lighthouse_fx.check_causal(mask, "layer 3", "")
     assert torch.ops.lighthouse_fx.check_causal(by_arange(M), "layer 3", "").item() == 0
