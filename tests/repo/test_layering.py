@@ -16,6 +16,13 @@ ALLOWED = {
     "kernels": ("lighthouse_fx.kernels",),
     "passes": ("lighthouse_fx.passes", "lighthouse_fx.kernels"),
 }
+# The rooms of the package, lowest first: each may import those before it. Files beside them are the face, which may import all,
+# but for the helpers that every room may import.
+ROOMS = (
+    *("kernels", "passes", "report", "runtime", "backend", "frontend", "functional"),
+    *("measure", "evaluation", "training", "integrations", "cli"),
+)
+HELPERS = ("arguments", "extras", "version")
 FILES = sorted(path for folder in MAPPED for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
@@ -72,6 +79,28 @@ def test_lower_layers_import_nothing_higher(folder: str):
         for line, name in imported(ast.parse(path.read_text()), package_of(path))
         if within(name, "lighthouse_fx") and not any(within(name, allowed) for allowed in ALLOWED[folder])
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def room_of(name: str) -> str:
+    """The room of an absolute dotted name; "" for the face."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def test_rooms_import_only_rooms_below():
+    rooms = {path.parent.name for path in (ROOT / "lighthouse_fx").glob("*/__init__.py")}
+    assert rooms <= set(ROOMS), "give the new room its place in ROOMS"
+    wrong = []
+    for path in FILES:
+        package = package_of(path)
+        room = room_of(f"{package}.{path.stem}")
+        for line, name in imported(ast.parse(path.read_text()), package):
+            if not within(name, "lighthouse_fx") or not room or name.removeprefix("lighthouse_fx.").split(".")[0] in HELPERS:
+                continue
+            other = room_of(name)
+            if not other or ROOMS.index(other) > ROOMS.index(room):
+                wrong.append(f"{name_of(path)}:{line} imports {name}, which is not below {room}")
     assert not wrong, "\n".join(wrong)
 
 
