@@ -83,7 +83,8 @@ class AttentionCall:
     `exact`: attention over one sequence that the passes could compute otherwise; only policy keeps it as it is. Such a call,
     left dense, is `kept_inside` documents where these are on: the same attention, inside each document.
     `rewritable`: nothing but the stage, its configuration and missing gradients can keep the call dense.
-    `gathered` is S, known once the call is checked; `refusal` is None where the call is, or will be, rewritten.
+    `gathered` is S and `local_window` that of the configuration, known once the call is checked;
+    `refusal` is None where the call is, or will be, rewritten.
     """
 
     node: fx.Node
@@ -118,6 +119,7 @@ class AttentionCall:
     rewritable: bool = False
     kept_inside: bool = False
     gathered: Any = None
+    local_window: int = 0
     refusal: Refusal | None = None
 
     @property

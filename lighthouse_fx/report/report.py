@@ -48,7 +48,8 @@ class AttentionRecord:
         query, key, value: shapes `[B, H, N, D]`, symbolic sizes as text; dtype: of the query.
         is_causal: as computed, so true where a mask was proved to be causal, or is assumed to be.
         length: N; gathered: S, None where the call was refused before S was known.
-        flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`.
+        flops_share: the gathered attention's floating-point operations over the dense one's, `(S/N)^2`, and those of the local
+            branch; local_window: its tokens, 0 where there is none.
         ops: what serves the ops of a rewritten call on its device, "Triton" or "plain PyTorch"; "" where it is dense.
         scorer: what ranks the windows of a rewritten call, "" where it is dense; scored: what it reads, or why it is not the
             configuration's, "" where it reads query and key as they are.
@@ -75,6 +76,7 @@ class AttentionRecord:
     scored: str = ""
     assumed: bool = False
     inside_documents: bool = False
+    local_window: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -216,7 +218,8 @@ class Report:
 def _row(call: AttentionRecord) -> tuple[str, ...]:
     """One call's cells, in the order of `_COLUMNS`."""
     kept = ", kept inside documents" if call.inside_documents else ""
-    outcome = "yes" if call.rewritten else f"no{kept}: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
+    local = f", local window of {call.local_window:,}" if call.local_window else ""
+    outcome = f"yes{local}" if call.rewritten else f"no{kept}: {call.reason}" + (f" ({call.remedy})" if call.remedy else "")
     return (
         call.module or "-",
         _short_source(call.source),
@@ -240,7 +243,10 @@ def record(call: AttentionCall) -> AttentionRecord:
     query, key, value = (fake(x) for x in (call.query, call.key, call.value))
     length = query.shape[2] if query is not None and query.dim() == 4 else None
     gathered = call.gathered
-    share = (gathered / length) ** 2 if isinstance(gathered, int) and isinstance(length, int) and length else None
+    share = None
+    if isinstance(gathered, int) and isinstance(length, int) and length:
+        share = (gathered / length) ** 2 + (1 - (1 - min(call.local_window, length) / length) ** 2)
+    ranks = call.refusal is None and not (isinstance(gathered, int) and gathered == 0)
     return AttentionRecord(
         module=call.module,
         source=call.source,
@@ -255,8 +261,9 @@ def record(call: AttentionCall) -> AttentionRecord:
         rewritten=call.refusal is None,
         reason=call.refusal.reason if call.refusal else "",
         remedy=call.refusal.remedy if call.refusal else "",
-        scorer=call.scorer if call.refusal is None else "",
-        scored=call.scored if call.refusal is None else "",
+        scorer=call.scorer if ranks else "",
+        scored=call.scored if ranks else "",
+        local_window=call.local_window if call.refusal is None else 0,
         ops=serving(query.device) if query is not None and call.refusal is None else "",
         assumed=call.replaced and call.unproved is not None,
         inside_documents=call.documents is not None or call.own_documents,

@@ -271,7 +271,7 @@ def _worthwhile(call: AttentionCall, config: LighthouseConfig, *, guard: bool) -
         return call
     pyramid = pyramid_over(query.shape[2], config)
     length, gathered = pyramid.length, pyramid.gathered
-    call = replace(call, gathered=gathered)
+    call = replace(call, gathered=gathered, local_window=config.local_window)
     # With dynamic shapes these comparisons become guards: crossing the boundary compiles once more.
     if config.local_window and length <= config.local_window:
         return call.refuse(

@@ -313,3 +313,16 @@ def test_verified(fields, documents, kernels):
     with lighthouse_fx.documents(numbers) if documents else nullcontext():
         found = lighthouse_fx.verify(Model(), torch.randn(1, 64, 16), config=LighthouseConfig(local_window=8, **fields))
     assert found.passed and len(found.checks) > 4, str(found)
+
+
+def test_report_counts_the_local_branch(kernels):
+    if kernels != "plain":
+        pytest.skip("a report of a graph")
+    q = torch.randn(1, 2, 64, 8, requires_grad=True)
+    for fields, gathered, ranked in ((dict(levels=2, topk=4), 32, "norm"), (dict(levels=0), 0, "")):
+        config = LighthouseConfig(local_window=16, **fields)
+        report = lighthouse_fx.explain(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), q, config=config)
+        call = report.calls[0]
+        assert (call.gathered, call.local_window, call.scorer) == (gathered, 16, ranked)
+        assert call.flops_share == (gathered / 64) ** 2 + 1 - (48 / 64) ** 2
+        assert "yes, local window of 16" in " ".join(str(report).split())
