@@ -74,7 +74,7 @@ def validate(
         raise TypeError(f"config={config!r} is a {type(config).__name__}: give a LighthouseConfig")
     if stage.documents is not None:
         raise RuntimeError(
-            f"validate() was called inside documents(), {stage.documents}, which the uncompiled model does not heed, and its "
+            f"validate() was called inside documents(), {stage.documents}, which the uncompiled model ignores, and its "
             "dense losses are that model's: call it outside, with windows of one document each"
         )
     check_integer("leak_cuts", leak_cuts, least=0, example=CUTS)

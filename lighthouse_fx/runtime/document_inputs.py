@@ -106,8 +106,8 @@ def warn_of_unaware_calls(compiled: Callable[..., Any], calls: Sequence[Attentio
         if stage.packed and not warned:
             warned = True
             warnings.warn(
-                f"documents() is on, and attention that is left as it is does not heed it ({which}): there the model's own "
-                "mask has to keep documents apart; lighthouse_fx.reports() says why each stays so",
+                f"documents() is on, but attention that cannot be rewritten ignores it ({which}): there the model's own "
+                "mask must keep documents apart; lighthouse_fx.reports() gives each reason",
                 stacklevel=2,
             )
         return compiled(*args)

@@ -52,7 +52,7 @@ class Modules:
         """Whether the module around a node trains; the graph will be valid only while that stays so.
 
         None where a module's forward calls the outermost frame, but no variable there leads to that module: its mode can
-        change without being seen. A node that no module calls counts as training: there is no `eval()` to heed.
+        change without being seen. A node that no module calls counts as training: there is no `eval()` to respect.
         """
         around = self.around(node)
         for source, module in around:

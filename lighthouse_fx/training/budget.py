@@ -72,7 +72,7 @@ class BudgetControl:
     The normalised entropy is defined in `lighthouse_fx.score_entropy`. It is measured before the steps `every`, `2 * every` and
     so on, on the first micro-batch of each; and once before the first step of the session, which changes nothing and shows
     early what is wrong. Measuring runs the model with all layers in the bucket that they start in, so what is measured does not
-    hang on what was decided before. In the dense stage nothing is measured and nothing changes.
+    depend on what was decided before. In the dense stage nothing is measured and nothing changes.
 
     A part moves to the next bucket up where its entropy is above the threshold between the two by more than `margin`, and down
     where it is below by more than `margin`; in between it stays (hysteresis). Where scores are not finite it stays, too.

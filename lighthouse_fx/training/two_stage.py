@@ -144,7 +144,7 @@ class TwoStage:
 
         Raises:
             RuntimeError: gradients are off, or there is no loop to take the step from.
-            TypeError, ValueError: a step that is none of the plan's, or an earlier one than before.
+            TypeError, ValueError: a step that does not belong to the plan, or an earlier one than before.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -297,8 +297,8 @@ class TwoStage:
         check_integer("step", step, least=0)
         if step >= self.total_steps:
             raise ValueError(
-                f"step={step} is none of this plan's, 0 to {self.total_steps - 1}: the run is over and its model is dense. "
-                "To train on, use no TwoStage and stay in lighthouse_fx.dense(). If this number counts micro-batches, give "
+                f"step={step} does not belong to this plan, 0 to {self.total_steps - 1}: the run is over and its model is "
+                "dense. To train on, use no TwoStage and stay in lighthouse_fx.dense(). If this number counts micro-batches, give "
                 "that of the optimiser step"
             )
         if step < self._step:

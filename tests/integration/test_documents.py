@@ -294,7 +294,7 @@ def test_attention_that_stays_dense_is_warned_of():
         return F.scaled_dot_product_attention(q, q, q)
 
     run = torch.compile(model, backend=passes_only, options=dict(FIELDS))
-    with lighthouse_fx.documents(numbered(10, 54)), pytest.warns(UserWarning, match="does not heed it"):
+    with lighthouse_fx.documents(numbered(10, 54)), pytest.warns(UserWarning, match="ignores it"):
         run(inputs(batch=1).requires_grad_())
     (call,) = lighthouse_fx.reports()[-1].calls
     assert not call.rewritten and "not causal is not kept inside documents" in call.reason

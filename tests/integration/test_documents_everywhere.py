@@ -195,7 +195,7 @@ def test_is_warned_of_once_whenever_it_was_compiled(gradients, before, attend):
     with torch.set_grad_enabled(gradients):
         if before:
             run(x)
-        with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="does not heed it.*own mask"):
+        with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="ignores it.*own mask"):
             torch.testing.assert_close(run(x), model(x))
         with lighthouse_fx.documents(NUMBERS), warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -233,7 +233,7 @@ class HeadsFirst(torch.nn.Module):
 @pytest.mark.parametrize("together", [True, False])
 def test_heads_before_the_batch_are_not_taken_for_it(together):
     model, x = HeadsFirst(together), inputs(batch=2)
-    with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="does not heed it"):
+    with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="ignores it"):
         torch.testing.assert_close(compiled(model)(x), model(x))
     (call,) = lighthouse_fx.reports()[-1].calls
     assert "not those of a batch and its tokens" in call.reason
@@ -374,7 +374,7 @@ def test_attention_on_part_of_the_tokens_beside_attention_on_all():
         return causal(q, k, v) + F.pad(short, (0, 0, 0, 1))
 
     run = torch.compile(Model(1, attend), backend=passes_only, options=dict(FIELDS), dynamic=True)
-    with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="does not heed it"):
+    with lighthouse_fx.documents(NUMBERS), pytest.warns(UserWarning, match="ignores it"):
         run(inputs())
     short, whole = lighthouse_fx.reports()[-1].calls
     assert whole.inside_documents and not short.rewritten and not short.inside_documents

@@ -337,7 +337,7 @@ def test_evaluation_is_no_training_step(off):
     "steps, says",
     [
         ([0, 1, 0], "step=0 comes after step 1: .*not in an epoch"),
-        ([4], "step=4 is none of this plan's, 0 to 3: the run is over.*use no TwoStage"),
+        ([4], "step=4 does not belong to this plan, 0 to 3: the run is over.*use no TwoStage"),
         ([-1], "step=-1"),
         ([1.0], "step=1.0 is a float"),
     ],

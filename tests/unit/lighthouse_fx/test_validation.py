@@ -363,7 +363,7 @@ def test_documents_are_not_silently_left_out():
     numbers = (torch.arange(N) // 32).expand(3, N)
     with lighthouse_fx.documents(numbers), pytest.raises(RuntimeError) as raised:
         validate(Language(), tokens(), config=CONFIG)
-    assert "inside documents(), documents [3, 64], which the uncompiled model does not heed" in str(raised.value)
+    assert "inside documents(), documents [3, 64], which the uncompiled model ignores" in str(raised.value)
 
 
 def test_bad_arguments():

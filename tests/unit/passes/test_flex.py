@@ -337,7 +337,7 @@ def test_documents_of_its_own_are_not_warned_of_where_it_stays_dense(case, recwa
 def test_causal_attention_without_documents_that_stays_dense_is_warned_of():
     mask = blocks(lambda b, h, i, j: (i >= j) & (i - j < 9))
     function = torch.compile(lambda q, k, v: flex_attention(q, k, v, block_mask=mask), backend=passes_only, options=FIELDS)
-    with lighthouse_fx.documents(numbered()), pytest.warns(UserWarning, match="does not heed it"):
+    with lighthouse_fx.documents(numbered()), pytest.warns(UserWarning, match="ignores it"):
         function(*qkv())
 
 
