@@ -298,8 +298,8 @@ class TwoStage:
         if step >= self.total_steps:
             raise ValueError(
                 f"step={step} does not belong to this plan, 0 to {self.total_steps - 1}: the run is over and its model is "
-                "dense. To train on, use no TwoStage and stay in lighthouse_fx.dense(). If this number counts micro-batches, give "
-                "that of the optimiser step"
+                "dense. To train on, use no TwoStage and stay in lighthouse_fx.dense(). If this number counts micro-batches, "
+                "give that of the optimiser step"
             )
         if step < self._step:
             raise ValueError(
