@@ -44,7 +44,10 @@ from .plain_attention import without_flash_attn
 from .verification_result import Check, Quantity, Verification, difference
 
 # Where an op that gives entries' output to tokens takes the selection.
-_SELECTION_OF = {torch.ops.lighthouse_fx.scatter.default: slice(1, 3), torch.ops.lighthouse_fx.merge.default: slice(4, 6)}
+_SELECTION_OF: dict[Any, slice] = {
+    torch.ops.lighthouse_fx.scatter.default: slice(1, 3),
+    torch.ops.lighthouse_fx.merge.default: slice(4, 6),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +341,8 @@ def _twin(b: ObservedCall, entries: Tensor, slots: Tensor, config: LighthouseCon
     local = None
     if config.local_window:
         scale = tensors[0].shape[-1] ** -0.5 if b.scale is None else b.scale
-        local = plain.local_attention(*tensors, config.local_window, is_causal=b.is_causal, scale=scale, starts=starts)
+        query, key, value = tensors
+        local = plain.local_attention(query, key, value, config.local_window, is_causal=b.is_causal, scale=scale, starts=starts)
     if config.levels == 0 and local is not None:
         return _laid_out_as(b, local[0])
     q, k, v = (reference.gather(x, entries, pyramid) for x in tensors)  # [B, H or G, S, D]
