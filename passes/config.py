@@ -49,8 +49,9 @@ class LighthouseConfig:
         assume_causal: take an explicit mask that is not proved to be causal, nor to be anything else, for causal; the
             compiled model checks the mask in every step, and raises where it is another.
 
-    The defaults, two levels and half of the tokens, are what ended at the loss of dense training or below in most of our runs
-    (docs/evidence.md). `LighthouseConfig.paper()` keeps far less of a long sequence and is far faster.
+    With the pyramid of the defaults, two levels and half of the tokens, the final loss matched dense training in most of our
+    runs (docs/evidence.md, with the published selection). `LighthouseConfig.paper()` keeps far less of a long sequence and is
+    far faster.
 
     Source: SPEC.md, "Names" and "The four stages".
 

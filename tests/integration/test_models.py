@@ -153,13 +153,14 @@ def test_the_oracle_is_another_function_than_dense_attention():
 
 HEAD = """# Models
 
-What the backend makes of one training step of each model: small configurations with random weights, {layers} layers, called
-without `attention_mask` and `position_ids`, as transformers {transformers} and litgpt {litgpt} write them. *Whole* is
-`torch.compile(model, backend="lighthouse")`, *by layer* compiles each layer alone, as `lighthouse_fx.compile` does. Loss and
+This page shows how the backend rewrites one training step of each model. The models are small configurations with
+random weights, {layers} layers. They are called without `attention_mask` and `position_ids`, and are the unchanged
+models of transformers {transformers} and litgpt {litgpt}. *Whole* is
+`torch.compile(model, backend="lighthouse")`; *by layer* compiles each layer alone, as `lighthouse_fx.compile` does. Loss and
 every gradient are compared in float64 with the eager model whose rewritten calls are `lighthouse_attention`. Each is one
 graph (`fullgraph=True`) unless the last column says otherwise.
 
-`tests/integration/test_models.py` wrote this page (`make models`) and fails where it no longer holds.
+`tests/integration/test_models.py` generates this page (`make models`) and fails if it is no longer true.
 
 | model | attentions | rewritten, whole | rewritten, by layer | what stays dense, and why |
 |---|---|---|---|---|

@@ -23,7 +23,7 @@ _LATENT = {
     "v_head_dim": 12, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
 }  # fmt: skip
-_LATENT_NOTE = "nothing: keys of 16 dimensions and values of 12 are as good as any"
+_LATENT_NOTE = "nothing: keys of 16 dimensions and values of 12 are supported"
 _MASK_NOTE = "its layers are always given a mask, so compile it as a whole"
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GEMMA = {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8}
