@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from lighthouse_fx.arguments import is_number
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.passes.decide.check import pyramid_over
 
@@ -57,7 +58,7 @@ class Card:
     def __post_init__(self) -> None:
         for name in ("matmul", "attention", "bandwidth"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 usual = getattr(H100, name)
                 raise ValueError(f"{name}={value!r} is no rate: give a positive number a second, such as {usual:g}")
 

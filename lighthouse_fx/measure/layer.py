@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
+from lighthouse_fx.arguments import is_integer
 from lighthouse_fx.extras import new_figure, save_figure
 from lighthouse_fx.functional import lighthouse_attention
 from lighthouse_fx.kernels import Pyramid, reference
@@ -46,7 +47,7 @@ class LayerShape:
     def __post_init__(self) -> None:
         for name in ("length", "heads", "groups", "dim"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"{name}={value!r}: give an integer of at least 1")
         if self.heads % self.groups:
             raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from lighthouse_fx.arguments import is_integer
 from lighthouse_fx.report.report import AttentionRecord, NotRewritten
 from lighthouse_fx.runtime import stage
 from lighthouse_fx.runtime.journal import watch
@@ -101,7 +102,7 @@ def profile(
     """
     if not callable(step):
         raise TypeError(f"step={step!r} is a {type(step).__name__}: give a function that makes one training step")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_integer(steps) or steps < 1:
         raise ValueError(f"steps={steps!r}: give how many steps to record, at least 1")
     if card is not None and not isinstance(card, Card):
         raise TypeError(f"card={card!r} is a {type(card).__name__}: give a Card, such as lighthouse_fx.measure.cost.H100")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from lighthouse_fx.extras import new_figure, save_figure
+from lighthouse_fx.report.text import as_text
 
 from .kernel_names import PARTS
 from .profile import Part, Profile, Run
@@ -64,10 +65,7 @@ def table(profile: Profile) -> Group:
 
 def text(profile: Profile) -> str:
     """The table as plain text."""
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(table(profile))
-    return captured.get()
+    return as_text(table(profile), width=_WIDTH)
 
 
 def save_picture(profile: Profile, path: str | Path) -> Path:

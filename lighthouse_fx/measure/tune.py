@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lighthouse_fx.arguments import is_integer, is_number
+
 from .candidates import START, Candidate, Measured, predicted
 from .cost import Card, measure_card, predict_dense
 from .layer import LayerShape, measure_dense, measure_function
@@ -260,13 +262,13 @@ def _measured(candidate: Candidate, shape: LayerShape, device: torch.device) -> 
 def _check(shape: Any, *, share: Any, memory: Any, card: Any, measure: Any, seconds: Any) -> None:
     if not isinstance(shape, LayerShape):
         raise TypeError(f"shape={shape!r} is a {type(shape).__name__}: give a LayerShape, or shape_of(model, length)")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if not is_number(share) or not 0 < share <= 1:
         raise ValueError(f"share={share!r} is not in (0, 1]: give a share of dense attention's time, such as 0.1")
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+    if memory is not None and (not is_integer(memory) or memory < 1):
         raise ValueError(f"memory={memory!r}: give a number of bytes, such as 2 * 10**9, or None for any")
     if card is not None and not isinstance(card, Card):
         raise TypeError(f"card={card!r} is a {type(card).__name__}: give a Card, such as lighthouse_fx.measure.cost.H100")
-    if isinstance(measure, bool) or not isinstance(measure, int) or measure < 0:
+    if not is_integer(measure) or measure < 0:
         raise ValueError(f"measure={measure!r}: give how many candidates to measure, 0 to predict only")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+    if not is_number(seconds) or not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: give how many seconds to measure for, such as 120")

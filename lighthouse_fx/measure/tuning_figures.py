@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from lighthouse_fx.extras import new_figure, save_figure
+from lighthouse_fx.report.text import as_text
 
 from .candidates import Candidate
 from .tune import Tuning
@@ -68,10 +69,7 @@ def table(tuning: Tuning) -> Group:
 
 def text(tuning: Tuning) -> str:
     """The table as plain text."""
-    console = Console(width=_WIDTH, color_system=None)
-    with console.capture() as captured:
-        console.print(table(tuning))
-    return captured.get()
+    return as_text(table(tuning), width=_WIDTH)
 
 
 def _time(milliseconds: float) -> str:

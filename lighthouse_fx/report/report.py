@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html as markup
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from lighthouse_fx.passes.match.sdpa import is_attention, module_path
 from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM
 
 from . import picture
+from .text import as_text, or_dash
 
 Shape = tuple[int | str, ...]
 
@@ -148,9 +148,7 @@ class Report:
         (console or Console()).print(self.table())
 
     def __str__(self) -> str:
-        text = io.StringIO()
-        Console(width=180, file=text).print(self.table())
-        return text.getvalue()
+        return as_text(self.table(), width=180)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data: calls and graphs (networkx node-link form)."""
@@ -226,8 +224,8 @@ def _row(call: AttentionRecord) -> tuple[str, ...]:
         f"{_show(call.query)} {call.dtype}".rstrip(),
         str(call.key[1]) if len(call.key) == 4 else "-",
         "assumed" if call.assumed else "yes" if call.is_causal else "no",
-        _or_dash(call.length),
-        _or_dash(call.gathered),
+        or_dash(call.length),
+        or_dash(call.gathered),
         "-" if call.flops_share is None or not call.rewritten else f"{call.flops_share:.1%}",
         call.ops or "-",
         ": ".join(filter(None, (call.scorer, call.scored))) or "-",
@@ -346,10 +344,6 @@ def _size(size: Any) -> int | str | None:
 
 def _show(shape: Shape) -> str:
     return "-" if not shape else f"[{', '.join(map(str, shape))}]"
-
-
-def _or_dash(value: Any) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _short_source(source: str) -> str:

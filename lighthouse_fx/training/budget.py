@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lighthouse_fx.arguments import is_integer
 from lighthouse_fx.frontend.existing_compilation import lighthouse_parts, setting_of
 from lighthouse_fx.kernels.torch_private import OptimizedModule
 from lighthouse_fx.passes.config import LighthouseConfig
@@ -139,7 +140,7 @@ class BudgetControl:
             RuntimeError: gradients are off, or an attention call has to run again in a checkpoint under another budget.
             ValueError: no attention is rewritten, or the largest bucket gathers so much that a call would stay dense.
         """
-        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        if not is_integer(step) or step < 0:
             raise ValueError(f"step={step!r} is no number of a step: give that of the optimiser step, from 0")
         if not torch.is_grad_enabled():
             raise RuntimeError(
@@ -257,6 +258,13 @@ class BudgetControl:
                 f"state has budgets of {list(map(_named, state['buckets']))}, and this model is compiled in the parts "
                 f"{list(map(_named, self._buckets))}: compile it as the run was begun"
             )
+        for path, bucket in state["buckets"].items():
+            if not is_integer(bucket) or not 0 <= bucket < len(self.plan.topk):
+                raise ValueError(
+                    f"state['buckets'][{path!r}]={bucket!r} is damaged: it has to be the place of one of topk={self.plan.topk}"
+                )
+        if state["measured"] is not None and not is_integer(state["measured"]):
+            raise ValueError(f"state['measured']={state['measured']!r} is damaged: it has to be a step or None")
         self._buckets = {path: state["buckets"][path] for path in self._buckets}
         self._measured = state["measured"]
 

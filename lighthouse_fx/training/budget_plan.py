@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lighthouse_fx.arguments import check_integer, check_number, is_number
 from lighthouse_fx.passes.config import check_fields
 
 _MOST = 5  # with the dense stage and evaluation still below the 8 graphs that Dynamo keeps of one piece of code
@@ -31,7 +31,9 @@ class BudgetPlan:
         """
         buckets = _topk(topk)
         between = _thresholds(thresholds, buckets)
-        return cls(topk=buckets, every=_every(every), thresholds=between, margin=_margin(margin))
+        check_integer("every", every, least=1, example=200)
+        check_number("margin", margin, least=0, below=1, example=0.0002)
+        return cls(topk=buckets, every=every, thresholds=between, margin=float(margin))
 
     @property
     def start(self) -> int:
@@ -66,14 +68,6 @@ def _topk(topk: Any) -> tuple[int, ...]:
     return tuple(topk)
 
 
-def _every(every: Any) -> int:
-    if not isinstance(every, int) or isinstance(every, bool):
-        raise TypeError(f"every={every!r} is a {type(every).__name__}: give an integer, such as every=200")
-    if every < 1:
-        raise ValueError(f"every={every}: give 1 or more steps, such as every=200")
-    return every
-
-
 def _thresholds(thresholds: Any, topk: Sequence[int]) -> tuple[float, ...]:
     if thresholds is None:
         if len(topk) != len(_THRESHOLDS) + 1:
@@ -82,7 +76,7 @@ def _thresholds(thresholds: Any, topk: Sequence[int]) -> tuple[float, ...]:
                 f"{len(_THRESHOLDS) + 1}; give {len(topk) - 1} thresholds"
             )
         return _THRESHOLDS
-    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or not all(map(_is_number, thresholds)):
+    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or not all(map(is_number, thresholds)):
         raise TypeError(f"thresholds={thresholds!r}: give a tuple of numbers in (0, 1), such as {_THRESHOLDS}")
     given = tuple(map(float, thresholds))
     if len(given) != len(topk) - 1 or list(given) != sorted(set(given)) or not all(0 < x < 1 for x in given):
@@ -93,13 +87,3 @@ def _thresholds(thresholds: Any, topk: Sequence[int]) -> tuple[float, ...]:
     return given
 
 
-def _margin(margin: Any) -> float:
-    if not _is_number(margin):
-        raise TypeError(f"margin={margin!r} is a {type(margin).__name__}: give a number, such as margin=0.0002")
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin={margin}: give 0 or more, and less than 1, such as margin=0.0002")
-    return float(margin)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
