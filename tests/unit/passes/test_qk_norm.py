@@ -167,12 +167,12 @@ class Selection(fx.Interpreter):
         return value
 
 
-def selection(function, *args):
+def selection(function, *args, config=CONFIG):
     """What a compiled function's `select` reads and gives, and its AttentionCall."""
     kept = []
 
     def backend(gm, example_inputs):
-        gm = run_passes(gm, example_inputs, config=CONFIG)
+        gm = run_passes(gm, example_inputs, config=config)
 
         def run(*inputs):
             kept.append(Selection(gm))
@@ -199,15 +199,16 @@ def test_every_spelling_is_scored_before_the_norm(norm, rotary):
 def test_selection_is_no_longer_arbitrary():
     """Tokens whose raw queries are large are selected; scored after the norm, only some of them are by chance."""
     planted = [9, 22, 37, 50]
+    own = LighthouseConfig(**FIELDS, causal_selection=False)  # a window's own scores rank it, not those of the one before
     x = inputs(dtype=DATA)
     x[:, planted] *= 100
     model = QKNorm(NORMS["rms_norm"], rotate_half)
-    found, call = selection(model, x)
+    found, call = selection(model, x, config=own)
     assert call.scored
     for row in found.entries.flatten(0, 1).tolist():
         assert set(planted) <= set(row)  # level 0 is the tokens
     model.rotary = lambda x: x.roll(1, dims=0).roll(-1, dims=0)  # not followed: the norm goes unseen
-    arbitrary, call = selection(model, x)
+    arbitrary, call = selection(model, x, config=own)
     assert not call.scored
     assert any(not set(planted) <= set(row) for row in arbitrary.entries.flatten(0, 1).tolist())
 
