@@ -24,7 +24,7 @@ from lighthouse_fx.kernels import REVISION, attend, gather, select
 from lighthouse_fx.kernels.ops.local_branch import attention_and_lse, local_attention, merge
 from lighthouse_fx.kernels.sdpa import attention
 from lighthouse_fx.kernels.torch_private import flash_attention_backward, flash_attention_forward
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 
 def measure(call: Callable[..., Any], tensors: list[Tensor], repeats: int) -> dict[str, float]:

@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig, RunLog
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 from lighthouse_fx.training import run_page
 from lighthouse_fx.training.loss_monitor import read_reference
 from lighthouse_fx.training.run_file import read_run

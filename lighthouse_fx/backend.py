@@ -20,10 +20,9 @@ import torch
 from torch import fx
 
 from .kernels.torch_private import TorchCompileWrapper, compile_fx, list_mode_options, list_options, trace_structured
-from .passes import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal, run_passes
-from .passes.attention_call import EXCLUDED, NO_GRADIENTS
+from .passes import CALLS, CONTEXT, AttentionCall, PassContext, Refusal, run_passes
 from .passes.config import LighthouseConfig, config_field_names
-from .passes.decide.check import unmatched
+from .passes.decide.policy import unmatched
 from .passes.rewrite.shared_subgraphs import separate_callers, share_again
 from .report.report import GraphReport, as_networkx, mark_calls, record
 from .runtime import document_inputs, guards, journal, stage, wrappers
@@ -118,16 +117,17 @@ def rewrite(
     modules.name_nodes(gm)
     # Before anything is noted in its meta: DDP copies the graph that it gave, meta and all.
     gm = document_inputs.allow_document_input(gm)
-    gm.meta |= {LAYERS: modules.layer, TRAINING: modules.training}
-    if not gradients:
-        gm.meta[NO_GRADIENTS] = _WITHOUT_GRADIENTS
-    if config is None:
-        gm.meta[DENSE] = _DENSE_STAGE
+    gm.meta[CONTEXT] = PassContext(
+        no_gradients=None if gradients else _WITHOUT_GRADIENTS,
+        dense=_DENSE_STAGE if config is None else None,
+        excluded=excluded,
+        packed=document_inputs.shape_of_documents(),
+        layer=modules.layer,
+        training=modules.training,
+    )
     before = as_networkx(gm)
-    if excluded is not None:
-        gm.meta[EXCLUDED] = excluded
     gm = run_passes(gm, example_inputs, config=config or own)
-    del gm.meta[LAYERS], gm.meta[TRAINING]  # they hold the user's modules
+    del gm.meta[CONTEXT]  # it holds the user's modules
     calls = gm.meta[CALLS]
     document_inputs.drop_unused_inputs(gm)
     exact, rewritable = any(call.exact for call in calls), any(call.rewritable for call in calls)

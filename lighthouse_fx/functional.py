@@ -16,7 +16,7 @@ from .kernels.packed.attention import document_problem, starts_of
 from .kernels.packed.plan import summary
 from .kernels.shapes import shape_problem, tensor_problem
 from .passes.config import LighthouseConfig
-from .passes.decide.check import pyramid_over
+from .passes.pyramid import pyramid_over
 
 _log = logging.getLogger(__name__)
 _DEFAULT = LighthouseConfig()  # Dynamo cannot trace how one is made

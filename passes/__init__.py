@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import fx
 
-from .attention_call import CALLS, DENSE, LAYERS, TRAINING, AttentionCall, Refusal
+from .attention_call import CALLS, CONTEXT, AttentionCall, PassContext, Refusal
 from .config import LighthouseConfig
-from .decide.check import check_attention
 from .decide.document_input import add_document_input
+from .decide.legality import check_legality
+from .decide.policy import check_policy
 from .masks.prove import prove_masks
 from .match.flash_attn import find_flash_functions
 from .match.flex import find_flex
@@ -36,7 +37,8 @@ PIPELINE: list[Callable[..., fx.GraphModule]] = [
     find_flash_functions,
     prove_masks,
     add_document_input,
-    check_attention,
+    check_legality,
+    check_policy,
     undo_repeated_heads,
     score_raw,
     undo_equal_heads,
@@ -53,4 +55,4 @@ def run_passes(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Lig
     return gm
 
 
-__all__ = ["CALLS", "DENSE", "LAYERS", "PIPELINE", "TRAINING", "AttentionCall", "Refusal", "run_passes"]
+__all__ = ["CALLS", "CONTEXT", "PIPELINE", "AttentionCall", "PassContext", "Refusal", "run_passes"]

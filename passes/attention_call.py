@@ -1,8 +1,7 @@
 """What the passes know of one attention call, and how they hand it on.
 
 Passes change nothing but the graph; what they learn travels in `gm.meta[CALLS]`, a tuple with one frozen `AttentionCall`
-per attention found, in graph order. What the other keys hold comes from the backend; without it the passes take every call
-for one that trains, in no known layer.
+per attention found, in graph order. What the backend knows beyond the graph is a `PassContext`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,13 @@ from torch import fx
 
 from .ir.subgraphs import Region
 
+# In gm.meta:
 CALLS = "lighthouse_calls"
-NO_GRADIENTS = "lighthouse_no_gradients"  # a Refusal: the whole graph is traced without gradients
-DENSE = "lighthouse_dense"  # a Refusal: the stage is dense
-EXCLUDED = "lighthouse_excluded"  # a Refusal: the whole graph is a layer that stays dense, in every stage
-PACKED = "lighthouse_packed"  # (B, N): documents of this shape are on, and the graph may have an input for them
+CONTEXT = "lighthouse_context"  # a PassContext, from the backend
 DOCUMENTS = "lighthouse_documents"  # a placeholder of int32 [B, N]: where each token's document begins, for every call
 KNOWN = "lighthouse_documents_known"  # likewise, int64 [B, 4] on the CPU: what it knows of them (`plan.py`)
-LAYERS = "lighthouse_layers"  # function: node -> its Layer, or None
-TRAINING = "lighthouse_training"  # function: node -> whether the module around it trains, None where that is not known
-MODULE = "lighthouse_module"  # in node.meta: the path of the innermost module, below the outermost one
+# In node.meta:
+MODULE = "lighthouse_module"  # the path of the innermost module, below the outermost one
 
 
 Steps = tuple[tuple[str, tuple[Any, ...]], ...]  # methods of a tensor and their arguments, the first one first
@@ -60,6 +56,24 @@ class Layer:
     path: str
     number: int
     count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassContext:
+    """What the backend knows beyond the graph. Without it the passes take every call for one that trains, in no known layer.
+
+    `no_gradients`: why the whole graph is traced without gradients; `dense`: that the stage is dense; `excluded`: that the
+    whole graph is a layer that stays dense, in every stage. `packed`: documents of this shape `[B, N]` are on, and the graph
+    may have an input for them. `layer` gives a node's layer, and `training` whether the module around it trains, or None where
+    that is not known.
+    """
+
+    no_gradients: Refusal | None = None
+    dense: Refusal | None = None
+    excluded: Refusal | None = None
+    packed: tuple[int, int] | None = None
+    layer: Callable[[fx.Node], Layer | None] = lambda node: None
+    training: Callable[[fx.Node], bool | None] = lambda node: True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +144,12 @@ class AttentionCall:
     def refuse(self, reason: str, remedy: str = "") -> AttentionCall:
         """This call, left dense."""
         return replace(self, refusal=Refusal(reason=reason, remedy=remedy))
+
+
+def context_of(gm: fx.GraphModule) -> PassContext:
+    """What the backend knows beyond a graph."""
+    context: PassContext = gm.meta.get(CONTEXT, PassContext())
+    return context
 
 
 def for_each_call(gm: fx.GraphModule, step: Callable[[AttentionCall], AttentionCall]) -> None:

@@ -24,13 +24,12 @@ from lighthouse_fx.functional import lighthouse_attention
 from lighthouse_fx.kernels import REVISION, select
 from lighthouse_fx.kernels.packed.attention import starts_of
 from lighthouse_fx.kernels.torch_private import without_modes
-from lighthouse_fx.passes import CALLS, PIPELINE, AttentionCall, Refusal
-from lighthouse_fx.passes.attention_call import NO_GRADIENTS
+from lighthouse_fx.passes import CALLS, CONTEXT, PIPELINE, AttentionCall, PassContext, Refusal
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
 from lighthouse_fx.passes.ir.subgraphs import regions
 from lighthouse_fx.passes.masks.prove import prove_masks
 from lighthouse_fx.passes.match.flash_attn import find_flash_functions
+from lighthouse_fx.passes.pyramid import pyramid_over
 from lighthouse_fx.passes.rewrite.replace import replace_node
 from lighthouse_fx.passes.rewrite.shared_subgraphs import separate_callers
 from lighthouse_fx.report.report import AttentionRecord
@@ -65,7 +64,7 @@ class FunctionalGraphs:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
-            gm.meta[NO_GRADIENTS] = Refusal(reason="gradients are off")
+            gm.meta[CONTEXT] = PassContext(no_gradients=Refusal(reason="gradients are off"))
         separate_callers(gm)
         gm.meta[CALLS] = ()
         flash: set[fx.Node] = set()

@@ -31,8 +31,8 @@ from lighthouse_fx.kernels.reference import local as plain
 from lighthouse_fx.kernels.torch_private import pytree, run_backward
 from lighthouse_fx.passes import CALLS
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
 from lighthouse_fx.passes.ir.subgraphs import regions
+from lighthouse_fx.passes.pyramid import pyramid_over
 from lighthouse_fx.passes.rewrite.lighthouse import REWRITTEN_FROM, lay_out
 from lighthouse_fx.report.report import AttentionRecord, GraphReport, Report
 from lighthouse_fx.runtime import stage

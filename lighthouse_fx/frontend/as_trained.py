@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lighthouse_fx.passes import CALLS, LAYERS, PIPELINE, Refusal
-from lighthouse_fx.passes.attention_call import NO_GRADIENTS
+from lighthouse_fx.passes import CALLS, CONTEXT, PIPELINE, PassContext, Refusal
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.passes.rewrite.shared_subgraphs import separate_callers
 from lighthouse_fx.report.report import AttentionRecord, record
@@ -74,10 +73,11 @@ class AsTrained:
         modules = Modules(gm)
         separate_callers(gm)
         modules.name_nodes(gm)
-        gm.meta |= {LAYERS: modules.layer, NO_GRADIENTS: _WITHOUT_GRADIENTS}
+        packed = None
         if self._inside_documents:
             guard_on_documents()
-            gm = document_inputs.allow_document_input(gm)
+            gm, packed = document_inputs.allow_document_input(gm), document_inputs.shape_of_documents()
+        gm.meta[CONTEXT] = PassContext(no_gradients=_WITHOUT_GRADIENTS, packed=packed, layer=modules.layer)
         for step in PIPELINE:
             gm = step(gm, example_inputs, config=self.config)
             # The check refuses for missing gradients only what it would rewrite with them.
@@ -85,7 +85,7 @@ class AsTrained:
                 replace(call, refusal=None, kept_inside=False) if call.refusal is _WITHOUT_GRADIENTS else call
                 for call in gm.meta[CALLS]
             )
-        del gm.meta[LAYERS]  # it holds the user's modules
+        del gm.meta[CONTEXT]  # it holds the user's modules
         document_inputs.drop_unused_inputs(gm)
         calls = [record(call) for call in gm.meta[CALLS]]
         if self._look is not None:

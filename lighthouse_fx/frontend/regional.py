@@ -21,7 +21,7 @@ from lighthouse_fx.backend import lighthouse_excluded, split_options
 from lighthouse_fx.kernels.torch_private import dynamo_config, list_mode_options
 from lighthouse_fx.passes.attention_call import Layer
 from lighthouse_fx.passes.config import LighthouseConfig, config_field_names
-from lighthouse_fx.passes.decide.check import excludes, unmatched
+from lighthouse_fx.passes.decide.policy import excludes, unmatched
 from lighthouse_fx.report.report import AttentionRecord, NotRewritten
 from lighthouse_fx.runtime import journal, stage
 

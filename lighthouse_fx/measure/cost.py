@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from lighthouse_fx.arguments import is_number
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 from . import timing
 from .layer import LayerShape, fastest_attention, traffic

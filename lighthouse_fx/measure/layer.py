@@ -25,7 +25,7 @@ from lighthouse_fx.functional import lighthouse_attention
 from lighthouse_fx.kernels import Pyramid, reference
 from lighthouse_fx.kernels.sdpa import in_order, preferred
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 from . import timing
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from lighthouse_fx.kernels.packed.attention import in_sequences
 from lighthouse_fx.kernels.packed.plan import too_many
-from lighthouse_fx.passes.attention_call import CALLS, DOCUMENTS, KNOWN, PACKED
+from lighthouse_fx.passes.attention_call import CALLS, DOCUMENTS, KNOWN
 from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.passes.decide.document_input import sizes_when_run
 from lighthouse_fx.report.report import AttentionRecord
@@ -29,12 +29,16 @@ def allow_document_input(gm: fx.GraphModule) -> fx.GraphModule:
     Returns:
         A copy, because Dynamo loads what its own graph has as inputs. Without documents, the graph itself.
     """
+    return gm if stage.now().documents is None else _copy(gm)
+
+
+def shape_of_documents() -> tuple[int, int] | None:
+    """The shape `[B, N]` of the documents that are on, if there are any."""
     documents = stage.now().documents
     if documents is None:
-        return gm
-    gm = _copy(gm)
-    gm.meta[PACKED] = tuple(documents.starts.shape)
-    return gm
+        return None
+    batch, tokens = documents.starts.shape
+    return batch, tokens
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
@@ -50,7 +54,6 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def drop_unused_inputs(gm: fx.GraphModule) -> None:
     """After the passes: drop the inputs where nobody uses them."""
-    gm.meta.pop(PACKED, None)
     if DOCUMENTS not in gm.meta:
         return
     if not gm.meta[DOCUMENTS].users:

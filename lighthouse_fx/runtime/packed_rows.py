@@ -11,7 +11,7 @@ from lighthouse_fx.kernels import Pyramid
 from lighthouse_fx.kernels.packed.attention import crowded_out
 from lighthouse_fx.kernels.packed.plan import summary
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 
 class PackedRows:

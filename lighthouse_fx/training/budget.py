@@ -29,7 +29,7 @@ from lighthouse_fx.arguments import is_integer
 from lighthouse_fx.frontend.existing_compilation import lighthouse_parts, setting_of
 from lighthouse_fx.kernels.torch_private import OptimizedModule
 from lighthouse_fx.passes.config import LighthouseConfig
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 from lighthouse_fx.runtime import stage
 
 from .budget_plan import BudgetPlan

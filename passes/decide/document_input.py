@@ -23,14 +23,14 @@ from torch import fx
 
 from lighthouse_fx.kernels.packed.plan import FIELDS
 
-from ..attention_call import CALLS, DOCUMENTS, KNOWN, PACKED, AttentionCall, fake
+from ..attention_call import CALLS, DOCUMENTS, KNOWN, AttentionCall, context_of, fake
 
 Sizes = Callable[[Sequence[Any]], tuple[int, int]]
 
 
 def add_document_input(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: Any) -> fx.GraphModule:
     """Add the inputs where a call could use them: of a shape that fits the documents that are on, if there is one."""
-    packed = gm.meta.get(PACKED)
+    packed = context_of(gm).packed
     if packed is None:
         return gm
     known = _behind_inputs(gm)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..attention_call import NO_GRADIENTS, AttentionCall, ScoreMask, add_calls, constant, fake
+from ..attention_call import AttentionCall, ScoreMask, add_calls, constant, context_of, fake
 from ..ir.aliasing import Writers, memories, written
 from ..ir.internal_error import internal_error
 from ..ir.ops import arguments, operands, operation_name, works_in_place
@@ -63,7 +63,7 @@ def find_by_hand(gm: fx.GraphModule, example_inputs: Sequence[Any], *, config: A
                 continue
             call = AttentionCall(node=node, region=region, module=module_path(node), source=source_line(node))
             if node in between:
-                call = _understood(call, *between[node], writers, gradients=NO_GRADIENTS not in gm.meta)
+                call = _understood(call, *between[node], writers, gradients=context_of(gm).no_gradients is None)
             else:
                 call = call.refuse("a softmax over tokens by tokens, in an attention that is not understood", _KEEP)
             found.append(call)

@@ -43,8 +43,8 @@ from lighthouse_fx.kernels.sdpa import require_package, resolved
 
 from ..attention_call import CALLS, DOCUMENTS, KNOWN, AttentionCall, ScoreMask, Steps, fake
 from ..config import LighthouseConfig
-from ..decide.check import pyramid_over
 from ..ir.subgraphs import Region, brought
+from ..pyramid import pyramid_over
 from .replace import insert, replace_node
 
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")

@@ -19,7 +19,7 @@ from lighthouse_fx import LighthouseConfig, TwoStage, backend, explain
 from lighthouse_fx import compile as lighthouse_compile
 from lighthouse_fx.cli.main import main
 from lighthouse_fx.kernels import Pyramid
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from lighthouse_fx import LighthouseConfig, functional, lighthouse_attention
 from lighthouse_fx.kernels import REVISION, Pyramid
 from lighthouse_fx.kernels.packed import attention, varlen
 from lighthouse_fx.kernels.packed import plan as known_documents
-from lighthouse_fx.passes.decide import check
+from lighthouse_fx.passes.decide import legality
 
 OPS = torch.ops.lighthouse_fx
 
@@ -104,7 +104,7 @@ def switch_on(monkeypatch, *kernels):
     for module in (attention, import_module("lighthouse_fx.runtime.document_inputs")):
         monkeypatch.setattr(module, "in_sequences", lambda device: True)
     monkeypatch.setattr(attention, "_able", lambda *_: kernels)
-    for module in (attention, check, functional):
+    for module in (attention, legality, functional):
         monkeypatch.setattr(module, "document_problem", lambda *_: None)  # it asks for 16 bits
 
 

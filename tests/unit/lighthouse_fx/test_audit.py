@@ -16,7 +16,7 @@ from small_models import CONFIG, FIELDS, HEADS, TOKENS, WIDTH, Model, inputs, pa
 import lighthouse_fx
 from lighthouse_fx import Divergence, RunLog
 from lighthouse_fx.cli.main import main
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 from lighthouse_fx.training import run_page
 from lighthouse_fx.training.loss_monitor import LossMonitor, Reference, read_reference
 from lighthouse_fx.training.run_file import read_run

@@ -355,7 +355,7 @@ def test_logs_artifacts_and_reports_with_a_warm_cache(tmp_path):
         text = "".join(path.read_text() for path in trace.iterdir())
         assert "lighthouse_before_passes" in text and "lighthouse_after_passes" in text
         assert "lighthouse_fx.scatter" in text
-        passes = ["lighthouse_pass_00_before", "lighthouse_pass_12_rewrite_attention"]  # the others change no operation here
+        passes = ["lighthouse_pass_00_before", "lighthouse_pass_13_rewrite_attention"]  # the others change no operation here
         assert re.findall(r'"name": "(lighthouse_pass_\w+)"', text) == passes
         (line,) = re.findall(r"rewrite_attention: (.*)", done.stderr)
         assert "+3 lighthouse_fx.gather.default" in line and "1 attention calls, 1 not refused" in line

@@ -16,7 +16,7 @@ from lighthouse_fx.measure.kernel_names import Event, attribute_kernels, attribu
 from lighthouse_fx.measure.layer import LayerShape
 from lighthouse_fx.measure.profile import profile
 from lighthouse_fx.measure.profile_steps import layer_step, llama_step, model_step
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 CARD = Card(name="a CPU", matmul=1e11, attention=5e10, bandwidth=1e10)
 S = pyramid_over(TOKENS, CONFIG).gathered

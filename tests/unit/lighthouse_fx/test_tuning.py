@@ -17,7 +17,7 @@ from lighthouse_fx.measure.candidates import candidates
 from lighthouse_fx.measure.cost import H100, predict, predict_dense
 from lighthouse_fx.measure.layer import LayerShape
 from lighthouse_fx.measure.tune import shape_of, tune
-from lighthouse_fx.passes.decide.check import pyramid_over
+from lighthouse_fx.passes.pyramid import pyramid_over
 
 SHAPE = LayerShape(length=98_304)
 

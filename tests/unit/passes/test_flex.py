@@ -19,8 +19,8 @@ from torch.nn.attention.flex_attention import (
 from torch.utils.checkpoint import checkpoint
 
 import lighthouse_fx
-from lighthouse_fx.passes import CALLS, run_passes
-from lighthouse_fx.runtime.document_inputs import allow_document_input, bind_documents
+from lighthouse_fx.passes import CALLS, CONTEXT, PassContext, run_passes
+from lighthouse_fx.runtime.document_inputs import allow_document_input, bind_documents, shape_of_documents
 
 OPS = torch.ops.lighthouse_fx
 
@@ -53,6 +53,7 @@ def flexed(function, *tensors):
 
     def backend(gm, example_inputs):
         gm = allow_document_input(gm)
+        gm.meta[CONTEXT] = PassContext(packed=shape_of_documents())
         before = str(gm.graph)
         declare_gradients(gm)
         graphs.append((run_passes(gm, example_inputs, config=CONFIG), before))
