@@ -24,7 +24,9 @@ try:
     from torch._C import _set_grad_enabled as set_grad_enabled
     from torch._C import _set_sdp_priority_order as set_sdp_priority_order
     from torch._dynamo import config as dynamo_config
-    from torch._dynamo.eval_frame import OptimizedModule
+    from torch._dynamo import eval_frame, graph_break
+    from torch._dynamo.eval_frame import OptimizedModule, skip_code
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as cache_entries
     from torch._dynamo.eval_frame import _TorchDynamoContext as DynamoContext
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import (
@@ -91,6 +93,12 @@ def bounds(size: int | torch.SymInt) -> tuple[int, int]:
     return 0 if least is None else least, _LARGEST if most is None else min(most, _LARGEST)
 
 
+def compile_stance() -> str:
+    """What `torch.compiler.set_stance` has set; it is "default" at first."""
+    stance: str = eval_frame._stance.stance
+    return stance
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass."""
     running: int = current_backward()
@@ -140,7 +148,9 @@ __all__ = [
     "TracingContext",
     "assert_async",
     "bounds",
+    "cache_entries",
     "compile_fx",
+    "compile_stance",
     "cpu_attention_backward",
     "cpu_attention_forward",
     "cudnn_attention_backward",
@@ -153,6 +163,7 @@ __all__ = [
     "flash_attention_forward",
     "fused_encoder_layer",
     "fused_multi_head_attention",
+    "graph_break",
     "has_storage",
     "in_backward",
     "is_traceable_wrapper_subclass",
@@ -163,6 +174,7 @@ __all__ = [
     "sdp_priority_order",
     "set_grad_enabled",
     "set_sdp_priority_order",
+    "skip_code",
     "trace_log",
     "trace_structured",
     "without_modes",

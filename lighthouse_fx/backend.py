@@ -13,13 +13,22 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from types import CodeType
 from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import fx
 
-from .kernels.torch_private import TorchCompileWrapper, compile_fx, list_mode_options, list_options, trace_structured
+from .kernels.torch_private import (
+    TorchCompileWrapper,
+    cache_entries,
+    compile_fx,
+    dynamo_config,
+    list_mode_options,
+    list_options,
+    trace_structured,
+)
 from .passes import CALLS, CONTEXT, AttentionCall, PassContext, Refusal, run_passes
 from .passes.config import LighthouseConfig, config_field_names
 from .passes.decide.policy import unmatched
@@ -85,6 +94,7 @@ def _compiled(
     compiled = document_inputs.bind_documents(compiled, rewritten, conditions.state.stage.resolve(config) or config)
     compiled = document_inputs.warn_of_unaware_calls(compiled, report.calls)
     journal.add(report)  # not before: Dynamo may abandon a compilation and start it again
+    _report_recompile_limit(conditions.code, report.rewritten > 0)
     if not any(call.exact or call.rewritable for call in calls):
         return wrappers.record_runs(compiled, report.calls) if calls else compiled
     rewritable = any(call.rewritable for call in calls)
@@ -145,6 +155,7 @@ def rewrite(
     )
     if gradients and rewritable and config is not None:
         _report_unmatched(config, modules, calls)
+        _report_unnumbered(calls)
     modules.name_nodes(gm)  # the new ones
     before = mark_calls(before, calls)
     report = GraphReport(calls=tuple(map(record, calls)), before=before, after=as_networkx(gm, calls))
@@ -193,6 +204,31 @@ def _report_unmatched(config: LighthouseConfig, modules: Modules, calls: Sequenc
         found = [f"attention in {', '.join(map(repr, dict.fromkeys(call.module for call in calls)))}"]
     for wanted in unmatched(config, names, layers.values()):
         warnings.warn(f"dense_layers has {wanted!r}, which matches nothing: there are {'; '.join(found)}", stacklevel=2)
+
+
+def _report_unnumbered(calls: Sequence[AttentionCall]) -> None:
+    """Warn of calls that stay dense because the graph does not show their layer's number."""
+    for call in calls:
+        if call.refusal is not None and call.refusal.reason.startswith("dense_layers has"):
+            warnings.warn(f"attention stays dense: {call.refusal.reason}: {call.refusal.remedy}", stacklevel=2)
+            return
+
+
+def _report_recompile_limit(code: CodeType | None, rewritten: bool) -> None:
+    """Note, and where nobody watches what runs warn, that a function has as many graphs as Dynamo keeps."""
+    if code is None or len(cache_entries(code)) + 1 < dynamo_config.recompile_limit:
+        return
+    function = f"{code.co_name} in {code.co_filename}:{code.co_firstlineno}"
+    journal.note_recompile_limit(function)
+    if rewritten and not journal.is_watched():
+        warnings.warn(
+            f"Lighthouse attention: {function} now has {dynamo_config.recompile_limit} graphs, Dynamo's recompile limit. For "
+            "another length, stage or shape its code will run as it is written, dense: raise "
+            "torch._dynamo.config.recompile_limit, compile with dynamic=True, or pass fullgraph=True, which makes the limit an "
+            "error",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _artifact(when: str, gm: fx.GraphModule) -> None:

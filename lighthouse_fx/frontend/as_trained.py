@@ -25,6 +25,7 @@ from lighthouse_fx.runtime.modules import Modules
 
 from .existing_compilation import setting_of
 from .explain import compile_anew
+from .preserve_modules import as_written
 
 _WITHOUT_GRADIENTS = Refusal(reason="gradients are off")
 
@@ -60,12 +61,12 @@ class AsTrained:
         self.config = config or setting_of(model).config
         self.calls: list[AttentionRecord] = []
         self._look, self._inside_documents = observe, inside_documents
-        self._call = compile_anew(model, self._rewrite)
+        self._model, self._call = model, compile_anew(model, self._rewrite)
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls = []
-        with _as_with_gradients():
+        with _as_with_gradients(), as_written(self._model):
             return self._call(*args, **kwargs)
 
     def _rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

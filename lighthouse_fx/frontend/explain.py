@@ -18,7 +18,7 @@ from lighthouse_fx.passes.config import LighthouseConfig
 from lighthouse_fx.report.report import GraphReport, Report
 
 from .existing_compilation import Setting, setting_of
-from .preserve_modules import untouched
+from .preserve_modules import as_written, untouched
 
 _NO_LIMIT = 1 << 30
 _SMALL = 1 << 20  # bytes: what is not worth a mapping of its own
@@ -64,7 +64,7 @@ def explain(model: Callable[..., Any], *args: Any, config: LighthouseConfig | No
         graphs.append(_restated(report, setting))
         return lambda *_: tuple(map(_stand_in, outputs))
 
-    with untouched((model, *args, *kwargs.values())):
+    with untouched((model, *args, *kwargs.values())), as_written(model):
         compile_anew(model, record_only, dynamic=bool(setting.dynamic))(*args, **kwargs)
     return Report(graphs=tuple(graphs), title=_title(model), notes=setting.notes if graphs else (*setting.notes, _NO_GRAPH))
 

@@ -1,4 +1,4 @@
-"""Trace a model and leave its modules' attributes as they were."""
+"""Trace a model as it is written, and leave its modules' attributes as they were."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def untouched(roots: Iterable[Any]) -> Iterator[None]:
         for module, kind, kept in before:
             if type(module) is kind:  # a lazy module that became another one has no way back
                 _put_back(vars(module), kept)
+
+
+@contextmanager
+def as_written(model: Any) -> Iterator[None]:
+    """Take back, for a while, that modules of a model are compiled in place: traced as a whole, it is as it was written."""
+    modules = [m for found in _modules(model) for m in found.modules()]
+    compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def _modules(root: Any) -> Iterator[nn.Module]:

@@ -19,6 +19,7 @@ _KEPT = 256
 
 
 _reports: deque[GraphReport] = deque(maxlen=_KEPT)
+_limits: list[str] = []
 
 
 class _Watchers(threading.local):
@@ -43,6 +44,21 @@ def reports() -> tuple[GraphReport, ...]:
     Each has its attention calls, rewritten or with the reason why not, and the graph before and after.
     """
     return tuple(_reports)
+
+
+def note_recompile_limit(function: str) -> None:
+    """A function has as many graphs as Dynamo keeps: for another one, its code would run as it is written."""
+    _limits.append(function)
+
+
+def recompile_limits() -> Sequence[str]:
+    """The functions that had as many graphs as Dynamo keeps, in the order in which that came about."""
+    return _limits
+
+
+def is_watched() -> bool:
+    """Whether somebody looks at what this thread runs, and so will see what stays dense."""
+    return bool(_watchers.watching)
 
 
 def ran(calls: Sequence[AttentionRecord], *, again: bool = False) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
-from lighthouse_fx.frontend.regional import repeated_blocks
+from lighthouse_fx.frontend.blocks import repeated_blocks
 
 
 def mixed_twin(model, dense):
@@ -192,7 +192,7 @@ class NoBlocks(nn.Module):
     "model, arguments, says",
     [
         (NoBlocks(), {}, "ModuleList"),
-        (Model(4), {}, "keeps all 4 blocks dense"),
+        (Model(4), {"dense_layers": (0, 1, -2, -1)}, "keeps all 4 blocks dense"),
         (Model(2), {"dense_layers": (5,)}, "dense_layers has 5"),
         (Model(2), {"dense_layers": (-3,)}, "dense_layers has -3"),
         (Model(4), {"dense_layers": ("layer.1",)}, "dense_layers has 'layer.1', and the model has 4 blocks, layers.0 to"),

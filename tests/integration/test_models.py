@@ -20,7 +20,7 @@ from small_models import CONFIG, FIELDS, passes_only
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
-from lighthouse_fx.frontend.regional import repeated_blocks
+from lighthouse_fx.frontend.blocks import repeated_blocks
 from lighthouse_fx.report.report import AttentionRecord
 from lighthouse_fx.runtime import journal
 
