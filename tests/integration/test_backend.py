@@ -133,7 +133,8 @@ def test_options_of_inductor_are_passed_on():
     "options, says",
     [
         ({"topkk": 3}, ["topkk=3", "did you mean", "topk", "levels", "pooling", "list_options"]),
-        ({"levels": 0}, ["levels=0", "at least 1"]),
+        ({"levels": -1}, ["levels=-1", "at least 0"]),
+        ({"levels": 0}, ["levels=0", "local_window=0", "levels=2"]),
         ({"scorer": "best"}, ["scorer='best'", "'norm'", "'dilated'"]),
         ({"quota": 7}, ["quota=7", "topk=8"]),
     ],

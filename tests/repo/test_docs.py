@@ -313,6 +313,7 @@ def test_evidence_is_that_of_the_runs():
 def test_runs_of_the_transfer_table_are_those_recorded():
     folder = ROOT / "benchmarks" / "results" / "transfer"
     label = {"dense2500_s0": "dense, 2,500 steps", "dense_s0_again": "dense, seed 0 again"}
+    label |= {"window_edge0_s0": "sliding window 512, no dense layer, seed 0"}
     label |= {f"dense_s{seed}": f"dense, seed {seed}" for seed in (0, 1)}
     label |= {f"window_s{seed}": f"sliding window 512, seed {seed}" for seed in (0, 1)}
     label |= {f"pyramid_s{seed}": f"causal pyramid and local branch, seed {seed}" for seed in (0, 1)}
