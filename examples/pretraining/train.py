@@ -42,7 +42,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 import lighthouse_fx
 from lighthouse_fx import LighthouseConfig
-from lighthouse_fx.frontend.regional import repeated_blocks
+from lighthouse_fx.frontend.blocks import repeated_blocks
 
 say = logging.getLogger("pretraining")
 # What a checkpoint is not resumed under another value of; `steps` and `stages` are checked by TwoStage.

@@ -129,12 +129,14 @@ def test_explain_says_what_runs(name):
     assert len(report.graphs) == 1
 
 
-def test_layers_of_pytorch_itself_are_not_passed_over_in_silence():
+def test_layers_of_pytorch_itself_are_rewritten_in_their_blocks():
+    # Dynamo skips modules of torch that have no hooks; the one that keeps blocks out of other graphs makes it look at them.
     layer = torch.nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
     lighthouse_fx.compile(model, CONFIG, dense_layers=(0,))
-    with pytest.raises(RuntimeError, match="modules of torch itself, which Dynamo skips"):
-        model(torch.randn(2, 64, 32))
+    with lighthouse_fx.runtime.journal.watch() as calls:
+        model(torch.randn(2, 64, 32)).sum().backward()
+    assert [call.rewritten for call in calls] == [False, True, True]
 
 
 def test_explain_says_why_it_finds_nothing():

@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lighthouse_fx
-from lighthouse_fx.frontend.regional import repeated_blocks
+from lighthouse_fx.frontend.blocks import repeated_blocks
 from lighthouse_fx.report.report import AttentionRecord
 from lighthouse_fx.runtime import journal
 
