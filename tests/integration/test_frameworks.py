@@ -6,6 +6,7 @@ them. Everything else is the framework's own: its loop, its checkpoints, its com
 
 import importlib
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -28,6 +29,17 @@ def without_inductor(monkeypatch):
     compile_fx = importlib.import_module("torch._inductor.compile_fx")  # the package has a function of that name
     for module in (compile_fx, lighthouse_fx.backend):
         monkeypatch.setattr(module, "compile_fx", lambda gm, inputs, **options: gm)
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_by_accelerate(monkeypatch):
+    """TrainingArguments(torch_compile=True) asks Accelerate to compile, by the environment, in all later tests as well."""
+    before = {name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")}
+    for name in before:
+        monkeypatch.delenv(name)
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
 
 
 @pytest.fixture
